@@ -1,0 +1,95 @@
+"""Configuration of hardware, precision and trackers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import ClassVar
+
+from ava_exp.config.base import ComponentConfig
+
+
+class DeviceType(Enum):
+    """A kind of device; `auto` takes the best one present."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+    mps = "mps"
+
+
+@dataclass(kw_only=True, slots=True)
+class PeakConfig:
+    """Peak dense matrix-product rate in TFLOP/s by dtype, as the maker declares it; null where there is none."""
+
+    fp32: float | None = None
+    tf32: float | None = None
+    fp16: float | None = None
+    bf16: float | None = None
+    fp8: float | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class HardwareConfig:
+    """One device and what it is capable of.
+
+    On a machine that lacks it, the run uses what is there, with that device's own batch size and peak, and says so;
+    `strict` makes it an error.
+    """
+
+    name: str = "auto"
+    device: DeviceType = DeviceType.auto
+    memory_gib: float | None = None
+    bandwidth_gb_per_s: float | None = None
+    peak_tflops: PeakConfig = field(default_factory=PeakConfig)
+    compute_capability: str | None = None
+    batch_size: int = 8
+    """Sequences per micro-batch where `training.batch_size` is null."""
+    num_threads: int | None = None
+    """CPU threads; null leaves torch's choice."""
+    strict: bool = False
+
+
+class Precision(Enum):
+    """`bf16`/`fp16` hold weights and optimizer states in 16 bits; `mixed_*` hold them in fp32 and compute in 16."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    fp16 = "fp16"
+    bf16 = "bf16"
+    mixed_fp16 = "mixed_fp16"
+    mixed_bf16 = "mixed_bf16"
+
+
+@dataclass(kw_only=True, slots=True)
+class PrecisionConfig:
+    """Numeric formats and, for fp16, the dynamic loss scale."""
+
+    training: Precision = Precision.auto
+    inference: Precision | None = None
+    """Format of evaluation and generation; null takes the training format."""
+    init_scale: float = 65_536.0
+    scale_factor: float = 2.0
+    scale_window: int = 2000
+    min_scale: float = 1.0
+
+
+@dataclass(kw_only=True, slots=True)
+class TrackerConfig(ComponentConfig):
+    """Base of every experiment tracker; the metrics file of the run is always written."""
+
+
+@dataclass(kw_only=True, slots=True)
+class NoTrackerConfig(TrackerConfig):
+    builds: ClassVar[str] = "ava_exp.tracking.trackers:NoTracker"
+
+
+@dataclass(kw_only=True, slots=True)
+class MLflowConfig(TrackerConfig):
+    """MLflow; `uri` null is a SQLite database in the output folder."""
+
+    builds: ClassVar[str] = "ava_exp.tracking.mlflow_tracker:MLflowTracker"
+
+    uri: str | None = None
+    experiment_name: str = "ava_exp"
+    tags: dict[str, str] = field(default_factory=dict)

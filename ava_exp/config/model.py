@@ -1,0 +1,141 @@
+"""Configuration of the decoder, of its attention and of its sparsity."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import ClassVar
+
+from omegaconf import MISSING
+
+from ava_exp.config.base import ComponentConfig
+
+
+class Norm(Enum):
+    """Normalisation of a block's input."""
+
+    rms = "rms"
+    layer = "layer"
+
+
+class Activation(Enum):
+    """Feed-forward network: two projections around GELU, or the gated three of SwiGLU."""
+
+    gelu = "gelu"
+    swiglu = "swiglu"
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """Dimensions of a pre-norm decoder.
+
+    `num_kv_heads`, `head_dim` and `intermediate_size` left null take the usual value: as many as `num_heads`,
+    `hidden_size / num_heads`, and for SwiGLU 8/3 of the hidden size rounded up to 256 (4 × for GELU).
+    """
+
+    preset: str = "custom"
+    claimed_parameters: str | None = None
+    """What the preset's source says of its size; shown beside the truth, used nowhere else."""
+    vocab_size: int = 65_536
+    hidden_size: int = MISSING
+    num_layers: int = MISSING
+    num_heads: int = MISSING
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    intermediate_size: int | None = None
+    num_experts: int = 8
+    load_balancing_weight: float = 0.01
+    max_position_embeddings: int = 2048
+    activation: Activation = Activation.swiglu
+    norm: Norm = Norm.rms
+    norm_epsilon: float = 1e-5
+    rope_theta: float = 10_000.0
+    tie_embeddings: bool = True
+    bias: bool = False
+    dropout: float = 0.0
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.hidden_size, int) or not isinstance(self.num_heads, int):
+            return  # still being composed: Hydra builds the schema before values are known
+        if self.num_kv_heads is None:
+            self.num_kv_heads = self.num_heads
+        if self.head_dim is None and self.num_heads > 0:
+            self.head_dim = self.hidden_size // self.num_heads
+        if self.intermediate_size is None:
+            if self.activation is Activation.swiglu:
+                self.intermediate_size = -(-8 * self.hidden_size // (3 * 256)) * 256
+            else:
+                self.intermediate_size = 4 * self.hidden_size
+
+
+class AttentionBackend(Enum):
+    """How softmax attention is computed: chosen by device and length, torch's fused product, or plain products."""
+
+    auto = "auto"
+    sdpa = "sdpa"
+    plain = "plain"
+
+
+@dataclass(kw_only=True, slots=True)
+class AttentionConfig(ComponentConfig):
+    """Base of every attention."""
+
+
+@dataclass(kw_only=True, slots=True)
+class GroupedAttentionConfig(AttentionConfig):
+    """Causal softmax attention in which groups of query heads share a key/value head."""
+
+    builds: ClassVar[str] = "ava_exp.nn.attention.grouped:GroupedAttention"
+
+    attention_dropout: float = 0.0
+    qk_norm: bool = False
+    backend: AttentionBackend = AttentionBackend.auto
+
+
+@dataclass(kw_only=True, slots=True)
+class RouterConfig(ComponentConfig):
+    """Base of every router."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TopKRouterConfig(RouterConfig):
+    """Every token goes to the `moe_top_k` experts with the highest softmax probability."""
+
+    builds: ClassVar[str] = "ava_exp.nn.moe.topk:TopKRouter"
+
+    moe_top_k: int = 2
+    renormalize: bool = True
+    routing_temperature: float = 1.0
+    jitter: float = 0.0
+
+
+class DispatchBackend(Enum):
+    """How tokens reach their experts: chosen by device and dtype, one grouped product, or a loop over experts."""
+
+    auto = "auto"
+    grouped = "grouped"
+    loop = "loop"
+
+
+@dataclass(kw_only=True, slots=True)
+class SparsityConfig:
+    """Base of every sparsity."""
+
+
+@dataclass(kw_only=True, slots=True)
+class DenseConfig(SparsityConfig):
+    """Every token passes through the one feed-forward network of every layer."""
+
+
+@dataclass(kw_only=True, slots=True)
+class MoEConfig(SparsityConfig):
+    """Every layer's feed-forward network is a mixture of experts; no token is dropped."""
+
+    router: RouterConfig = MISSING
+    num_experts: int = 8
+    intermediate_size: int | None = None
+    """Width of one expert; null takes the model's."""
+    load_balancing_weight: float = 0.01
+    router_z_loss_weight: float = 0.001
+    dispatch: DispatchBackend = DispatchBackend.auto

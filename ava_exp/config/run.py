@@ -1,0 +1,66 @@
+"""`RunConfig`: everything a run is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from omegaconf import II, MISSING
+
+from ava_exp.config.data import DataConfig, TokenizerConfig
+from ava_exp.config.machine import HardwareConfig, PrecisionConfig, TrackerConfig
+from ava_exp.config.model import AttentionConfig, ModelConfig, SparsityConfig
+from ava_exp.config.stage import StageConfig
+from ava_exp.config.training import (
+    BudgetConfig,
+    CheckpointConfig,
+    EvaluationConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainingConfig,
+)
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """A whole run, composed by Hydra or built in Python."""
+
+    name: str = II("model.preset")
+    seed: int = 0
+    stage: StageConfig = MISSING
+    model: ModelConfig = MISSING
+    attention: AttentionConfig = MISSING
+    sparsity: SparsityConfig = MISSING
+    data: DataConfig = MISSING
+    tokenizer: TokenizerConfig = MISSING
+    optimizer: OptimizerConfig = MISSING
+    schedule: ScheduleConfig = MISSING
+    precision: PrecisionConfig = MISSING
+    hardware: HardwareConfig = MISSING
+    tracker: TrackerConfig = MISSING
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    resume: str = "auto"
+    """`auto` goes on with this run if it was started, `never` starts a new attempt, a path starts from a checkpoint."""
+    reset_optimizer: bool = False
+    allow_changed_inputs: bool = False
+    """Resume although data, tokenizer or code differ from what the checkpoint was made with."""
+    output_dir: str = "outputs"
+    cache_dir: str = "${output_dir}/cache"
+
+
+NOT_IDENTITY = frozenset(
+    {
+        "stage",
+        "budget",
+        "tracker",
+        "hardware",
+        "resume",
+        "reset_optimizer",
+        "allow_changed_inputs",
+        "output_dir",
+        "cache_dir",
+    }
+)
+"""Top-level fields that do not make a run another run."""

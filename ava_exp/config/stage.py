@@ -1,0 +1,75 @@
+"""Configuration of stages: what a command does with a composed run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ava_exp.config.base import ComponentConfig
+
+
+@dataclass(kw_only=True, slots=True)
+class StageConfig(ComponentConfig):
+    """Base of every stage; `builds` names a function `(RunConfig) -> int` that returns the exit code."""
+
+    name: ClassVar[str] = ""
+
+
+@dataclass(kw_only=True, slots=True)
+class ValidateConfig(StageConfig):
+    """Report every fault of the configuration, and do nothing else."""
+
+    builds: ClassVar[str] = "ava_exp.stages.validate:run"
+    name: ClassVar[str] = "validate"
+
+
+@dataclass(kw_only=True, slots=True)
+class PlanConfig(StageConfig):
+    """Print parameters, FLOPs and memory without allocating weights."""
+
+    builds: ClassVar[str] = "ava_exp.stages.plan:run"
+    name: ClassVar[str] = "plan"
+
+
+@dataclass(kw_only=True, slots=True)
+class PrepareConfig(StageConfig):
+    """Read the data source, train the tokenizer, write token shards."""
+
+    builds: ClassVar[str] = "ava_exp.stages.prepare:run"
+    name: ClassVar[str] = "prepare"
+
+
+@dataclass(kw_only=True, slots=True)
+class PretrainConfig(StageConfig):
+    """Train, evaluate, report."""
+
+    builds: ClassVar[str] = "ava_exp.stages.pretrain:run"
+    name: ClassVar[str] = "pretrain"
+
+
+@dataclass(kw_only=True, slots=True)
+class EvaluateConfig(StageConfig):
+    """Evaluate a trained run on its validation split. `run` null is the run that this command line trains."""
+
+    builds: ClassVar[str] = "ava_exp.stages.evaluate:run"
+    name: ClassVar[str] = "evaluate"
+
+    run: str | None = None
+    max_tokens: int | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class GenerateConfig(StageConfig):
+    """Continue `prompt` with a trained run. `run` null is the run that this command line trains."""
+
+    builds: ClassVar[str] = "ava_exp.stages.generate:run"
+    name: ClassVar[str] = "generate"
+
+    run: str | None = None
+    prompt: str = "def "
+    max_new_tokens: int = 200
+    temperature: float = 0.8
+    top_k: int = 0
+    """0 keeps the whole vocabulary."""
+    top_p: float = 0.9
+    generation_seed: int = 0

@@ -1,0 +1,47 @@
+"""Registers the typed schema of every group with Hydra, under `_schema/`, where they stay out of a group's options."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+
+from ava_exp.config import data, machine, model, run, stage, training
+
+SCHEMAS: dict[str, Any] = {
+    "run": run.RunConfig,
+    "stage/validate": stage.ValidateConfig,
+    "stage/plan": stage.PlanConfig,
+    "stage/prepare": stage.PrepareConfig,
+    "stage/pretrain": stage.PretrainConfig,
+    "stage/evaluate": stage.EvaluateConfig,
+    "stage/generate": stage.GenerateConfig,
+    "model": model.ModelConfig,
+    "attention/grouped": model.GroupedAttentionConfig,
+    "sparsity/dense": model.DenseConfig,
+    "sparsity/moe": model.MoEConfig,
+    "router/topk": model.TopKRouterConfig,
+    "data/stdlib": data.StdlibConfig,
+    "data/files": data.FilesConfig,
+    "tokenizer/bpe": data.BPEConfig,
+    "tokenizer/file": data.FileTokenizerConfig,
+    "optimizer/adamw": training.AdamWConfig,
+    "schedule/cosine": training.CosineConfig,
+    "schedule/cosine_with_restarts": training.CosineRestartsConfig,
+    "schedule/linear": training.LinearConfig,
+    "schedule/wsd": training.WSDConfig,
+    "schedule/constant": training.ConstantConfig,
+    "schedule/inverse_sqrt": training.InverseSqrtConfig,
+    "precision": machine.PrecisionConfig,
+    "hardware": machine.HardwareConfig,
+    "tracker/none": machine.NoTrackerConfig,
+    "tracker/mlflow": machine.MLflowConfig,
+}
+
+
+def register_schemas() -> None:
+    """Make every schema known to Hydra; calling it twice changes nothing."""
+    store = ConfigStore.instance()
+    for path, node in SCHEMAS.items():
+        group, _, name = f"_schema/{path}".rpartition("/")
+        store.store(group=group, name=name, node=node)
