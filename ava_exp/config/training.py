@@ -104,6 +104,8 @@ class TrainingConfig:
     batch_size: int | None = None
     gradient_accumulation_steps: int = 1
     gradient_clip_val: float = 1.0
+    max_skipped_steps: int = 10
+    """Steps in a row with a loss or gradient that is not finite, after which the run stops."""
     log_interval: int = 1
 
 

@@ -1,0 +1,175 @@
+"""The command line: parse, compose, validate, dispatch to a stage. Nothing heavy is imported until a stage needs it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NoReturn
+
+from ava_exp.errors import (
+    EXIT_FAILURE,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_RESUMABLE,
+    EXIT_USER_ERROR,
+    ConfigError,
+    UserError,
+)
+
+if TYPE_CHECKING:
+    import argparse
+
+    from omegaconf import DictConfig
+
+_EXIT_BROKEN_PIPE = 141
+"""What a shell reports of a program whose reader went away: 128 + SIGPIPE."""
+_CLOSED_FLAGS = ("config_dir", "config_path", "config_name", "experimental_rerun")
+_PROGRAM = "ava-exp"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code; `ava_exp.errors` lists the codes.
+
+    A user's mistake is one line on stderr, or the list of all faults of a configuration that composes. Anything else
+    that goes wrong is a bug and keeps its traceback.
+    """
+    try:
+        code = _main(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        _complain(str(error))
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        _complain("interrupted.")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's last flush complains
+        return _EXIT_BROKEN_PIPE
+
+
+def _main(arguments: list[str]) -> int:
+    from ava_exp.config.compose import composition_errors_in_one_line
+    from ava_exp.config.overrides import check_overrides
+
+    with composition_errors_in_one_line():
+        flags = _parse(arguments)
+        if flags.help:
+            return _print_help()
+        if not flags.shell_completion:
+            check_overrides(flags.overrides, may_sweep=flags.multirun)
+        return _run_hydra(_overrides_first(arguments, flags.overrides))
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    """Read the flags with Hydra's own parser, so that a closed flag is seen however it is abbreviated."""
+    from hydra._internal.utils import get_args_parser
+
+    def refuse(message: str) -> NoReturn:
+        raise ConfigError(f"{message}; `--help` shows what can be written.")
+
+    parser = get_args_parser()
+    parser.error = refuse  # type: ignore[method-assign]
+    flags = parser.parse_intermixed_args(arguments)
+    for flag in _CLOSED_FLAGS:
+        if getattr(flags, flag) is not None:
+            raise ConfigError(f"`--{flag.replace('_', '-')}` is not accepted: a run is composed from `conf/` alone.")
+    return flags
+
+
+def _overrides_first(arguments: list[str], overrides: list[str]) -> list[str]:
+    """Return the arguments in an order that Hydra takes; between flags it refuses overrides."""
+    flags = [argument for argument in arguments if argument != "--"]
+    for override in overrides:
+        flags.remove(override)
+    return [*overrides, *flags]
+
+
+def _print_help() -> int:
+    from ava_exp.config.help import help_text
+
+    print(help_text())
+    return EXIT_OK
+
+
+def _run_hydra(arguments: list[str]) -> int:
+    """Let Hydra compose and run one point, or many, or print what it was asked to print."""
+    import hydra
+
+    from ava_exp.config.source import CONFIG_NAME, register_source
+    from ava_exp.config.store import register_schemas
+
+    register_schemas()
+    register_source()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, instead of printing many lines and exiting with 1
+    sys.argv = [_PROGRAM, *arguments]  # the name is what shell completion is installed for
+    points = _Points()
+
+    def task(config: DictConfig) -> int:
+        return points.run(config)
+
+    hydra.main(version_base="1.3", config_path=None, config_name=CONFIG_NAME)(task)()
+    return points.finish()
+
+
+@dataclass(slots=True)
+class _Points:
+    """Runs each point that Hydra composes and remembers how it ended: Hydra would stop, or tell, only after the last.
+
+    Nothing that goes wrong in one point keeps the next from running, but a request to stop ends them all.
+    """
+
+    codes: list[int] = field(default_factory=list)
+
+    def run(self, config: DictConfig) -> int:
+        from hydra.core.hydra_config import HydraConfig
+        from hydra.types import RunMode
+
+        hydra_config = HydraConfig.get()
+        if hydra_config.mode is RunMode.MULTIRUN:
+            print(f"── point {hydra_config.job.num}: {' '.join(hydra_config.overrides.task)}", flush=True)
+        code = EXIT_RESUMABLE if EXIT_RESUMABLE in self.codes else _run_point(config)
+        self.codes.append(code)
+        return code
+
+    def finish(self) -> int:
+        """Say which of several points failed, and return the exit code of the whole command."""
+        failed = [f"{number} (exit code {code})" for number, code in enumerate(self.codes) if code != EXIT_OK]
+        if failed and len(self.codes) > 1:
+            _complain(f"{len(failed)} of {len(self.codes)} points did not finish: {', '.join(failed)}.")
+        if EXIT_RESUMABLE in self.codes:
+            return EXIT_RESUMABLE
+        return next((code for code in self.codes if code != EXIT_OK), EXIT_OK)
+
+
+def _run_point(config: DictConfig) -> int:
+    try:
+        return _validate_and_run(config)
+    except UserError as error:
+        _complain(str(error))
+        return EXIT_USER_ERROR
+    except Exception:
+        traceback.print_exc()
+        return EXIT_FAILURE
+
+
+def _validate_and_run(config: DictConfig) -> int:
+    from ava_exp.config.compose import to_run_config
+    from ava_exp.config.stage import ValidateConfig
+    from ava_exp.config.validate import is_blocked, report, validate
+
+    run = to_run_config(config)
+    if not isinstance(run.stage, ValidateConfig):
+        faults = validate(run)
+        if faults:
+            print(report(faults), file=sys.stderr, flush=True)
+        if is_blocked(faults):
+            return EXIT_USER_ERROR
+    return int(run.stage.component()(run))
+
+
+def _complain(message: str) -> None:
+    print(f"ava_exp: {message}", file=sys.stderr, flush=True)

@@ -1,0 +1,148 @@
+"""The decoder: embedding, pre-norm blocks, head."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ava_exp.config.model import AttentionConfig, DenseConfig, ModelConfig, MoEConfig, SparsityConfig
+from ava_exp.errors import ConfigError
+from ava_exp.nn.attention.context import AttentionContext, KeyValueCache
+from ava_exp.nn.ffn import FeedForward
+from ava_exp.nn.init import initialize
+from ava_exp.nn.moe.layer import MoELayer
+from ava_exp.nn.moe.routing import Routing
+from ava_exp.nn.norm import build_norm
+from ava_exp.nn.output import ModelOutput
+from ava_exp.nn.rope import rope_tables
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed-forward(norm(x))."""
+
+    def __init__(self, model: ModelConfig, attention: AttentionConfig, sparsity: SparsityConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = build_norm(model.norm, model.hidden_size, model.norm_epsilon)
+        self.attention = attention.build(
+            dim=model.hidden_size,
+            num_heads=model.num_heads,
+            num_kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            layer=layer,
+            bias=model.bias,
+            norm_epsilon=model.norm_epsilon,
+        )
+        self.feed_forward_norm = build_norm(model.norm, model.hidden_size, model.norm_epsilon)
+        self.feed_forward = build_feed_forward(model, sparsity)
+        self.dropout = model.dropout
+
+    def forward(self, x_BTD: Tensor, context: AttentionContext) -> tuple[Tensor, Routing | None]:
+        """Map (B, T, D) to (B, T, D); the routing is None where the feed-forward network is dense."""
+        x_BTD = x_BTD + self._drop(self.attention(self.attention_norm(x_BTD), context))
+        y = self.feed_forward(self.feed_forward_norm(x_BTD))
+        y_BTD, routing = y if isinstance(y, tuple) else (y, None)
+        return x_BTD + self._drop(y_BTD), routing
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training) if self.dropout > 0 else x
+
+
+def build_feed_forward(model: ModelConfig, sparsity: SparsityConfig) -> nn.Module:
+    """Return the dense network or the mixture of experts that `sparsity` asks for."""
+    assert model.intermediate_size is not None
+    if isinstance(sparsity, DenseConfig):
+        return FeedForward(model.hidden_size, model.intermediate_size, model.activation, model.bias)
+    assert isinstance(sparsity, MoEConfig)
+    router = sparsity.router.build(dim=model.hidden_size, num_experts=sparsity.num_experts)
+    return MoELayer(
+        router=router,
+        num_experts=sparsity.num_experts,
+        dim=model.hidden_size,
+        intermediate_size=sparsity.intermediate_size or model.intermediate_size,
+        activation=model.activation,
+        dispatch=sparsity.dispatch,
+    )
+
+
+class Decoder(nn.Module):
+    """A causal language model, fp32 and uninitialised until `initialize` (or a checkpoint) fills it."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, model: ModelConfig, attention: AttentionConfig, sparsity: SparsityConfig) -> None:
+        super().__init__()
+        self.config = model
+        self.embedding = nn.Embedding(model.vocab_size, model.hidden_size)
+        self.blocks = nn.ModuleList(Block(model, attention, sparsity, layer) for layer in range(model.num_layers))
+        self.final_norm = build_norm(model.norm, model.hidden_size, model.norm_epsilon)
+        self.head = None if model.tie_embeddings else nn.Linear(model.hidden_size, model.vocab_size, bias=False)
+        self.refresh_rope()
+
+    def refresh_rope(self) -> None:
+        """(Re)compute the rotary tables on the model's device; they are no part of a checkpoint."""
+        assert self.config.head_dim is not None
+        device = self.embedding.weight.device
+        tables = rope_tables(self.config.max_position_embeddings, self.config.head_dim, self.config.rope_theta, device)
+        for name, table in zip(("cos", "sin"), tables, strict=True):
+            self.register_buffer(name, table, persistent=False)
+
+    def forward(self, ids_BT: Tensor, cache: KeyValueCache | None = None) -> ModelOutput:
+        """Predict the next token at every position of (B, T) int64 ids.
+
+        With a cache the ids continue what it holds, and it is extended by T positions.
+        Raises ConfigError when the positions exceed `max_position_embeddings`.
+        """
+        start = cache.length if cache is not None else 0
+        stop = start + ids_BT.shape[1]
+        if stop > self.cos.shape[0]:
+            raise ConfigError(f"a sequence must have at most {self.cos.shape[0]} tokens, but has {stop} instead.")
+        context = AttentionContext(self.cos[start:stop], self.sin[start:stop], cache)
+        x_BTD = self.embedding(ids_BT)
+        routings = []
+        for block in self.blocks:
+            x_BTD, routing = block(x_BTD, context)
+            if routing is not None:
+                routings.append(routing)
+        if cache is not None:
+            cache.advance(ids_BT.shape[1])
+        weight = self.embedding.weight if self.head is None else self.head.weight
+        return ModelOutput(F.linear(self.final_norm(x_BTD), weight), routings)
+
+    def new_cache(self, batch_size: int, capacity: int) -> KeyValueCache:
+        """Return an empty cache for `capacity` positions of `batch_size` sequences."""
+        weight = self.embedding.weight
+        assert self.config.num_kv_heads is not None and self.config.head_dim is not None
+        return KeyValueCache(
+            num_layers=self.config.num_layers,
+            batch_size=batch_size,
+            num_kv_heads=self.config.num_kv_heads,
+            capacity=capacity,
+            head_dim=self.config.head_dim,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
+
+
+def build_model(
+    model: ModelConfig,
+    attention: AttentionConfig,
+    sparsity: SparsityConfig,
+    *,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Decoder:
+    """Build and initialise a decoder: the same weights for the same seed on every device.
+
+    On the `meta` device nothing is allocated or initialised.
+    """
+    with torch.device("meta"):
+        decoder = Decoder(model, attention, sparsity)
+    if torch.device(device).type == "meta":
+        return decoder.to(dtype)
+    decoder = decoder.to(dtype).to_empty(device=device)
+    decoder.refresh_rope()
+    initialize(decoder, seed, model.initializer_range, model.num_layers)
+    return decoder

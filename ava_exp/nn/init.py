@@ -1,0 +1,37 @@
+"""All initialisation, in one place.
+
+Every parameter draws from a generator seeded by the run's seed and the parameter's own name. Adding a module, or
+replacing dense layers by experts, therefore leaves the start of everything else as it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import nn
+
+RESIDUAL_OUTPUTS = ("attention.output.weight", "feed_forward.down.weight", "feed_forward.down")
+"""Parameters that write to the residual stream: two a layer, scaled down so that its variance does not grow with depth."""
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, seed: int, initializer_range: float, num_layers: int) -> None:
+    """Fill every parameter in place: norms 1, biases 0, matrices normal [radford2019gpt2 §2.3]."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.zero_()
+        elif parameter.ndim == 1:
+            parameter.fill_(1.0)
+        else:
+            scale = 1 / math.sqrt(2 * num_layers) if name.endswith(RESIDUAL_OUTPUTS) else 1.0
+            generator = torch.Generator().manual_seed(_seed_of(name, seed))
+            values = torch.empty(parameter.shape, dtype=torch.float32).normal_(
+                0, scale * initializer_range, generator=generator
+            )
+            parameter.copy_(values)
+
+
+def _seed_of(name: str, seed: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little") >> 1

@@ -1,0 +1,130 @@
+"""One update of the weights in any precision: gradients in, clipped, applied; or refused when they are not finite.
+
+With mixed precision the model holds a 16-bit working copy and the optimizer fp32 master weights
+[micikevicius2018mixed] §3.1: gradients are accumulated in fp32 on the masters, which are rounded back after a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ava_exp.optim.groups import parameter_groups
+
+
+@dataclass(kw_only=True, slots=True)
+class LossScale:
+    """Dynamic loss scale [micikevicius2018mixed] §3.2 for fp16; a scale of 1 that never moves elsewhere."""
+
+    scale: float = 1.0
+    scale_factor: float = 2.0
+    scale_window: int = 2000
+    min_scale: float = 1.0
+    dynamic: bool = False
+    good_steps: int = 0
+
+    def observe(self, finite: bool) -> None:
+        """Shrink after an overflow, grow after `scale_window` steps without one."""
+        if not self.dynamic:
+            return
+        if not finite:
+            self.scale, self.good_steps = max(self.min_scale, self.scale / self.scale_factor), 0
+            return
+        self.good_steps += 1
+        if self.good_steps == self.scale_window:
+            self.scale, self.good_steps = self.scale * self.scale_factor, 0
+
+
+class Updater:
+    """Owns the optimizer, its master weights and the loss scale of one model."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        build_optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
+        *,
+        weight_decay: float,
+        master_weights: bool,
+        loss_scale: LossScale | None = None,
+    ) -> None:
+        self.loss_scale = loss_scale or LossScale()
+        self.model_parameters = dict(model.named_parameters())
+        self.master_weights = master_weights
+        self.weights: dict[str, Tensor] = dict(self.model_parameters)
+        if master_weights:
+            self.weights = {name: nn.Parameter(p.detach().float()) for name, p in self.model_parameters.items()}
+        groups = parameter_groups(model, weight_decay)
+        self.group_names: list[list[str]] = [group.pop("names") for group in groups]
+        for group, names in zip(groups, self.group_names, strict=True):
+            group["params"] = [self.weights[name] for name in names]
+        self.optimizer = build_optimizer(groups)
+        self.peak_learning_rate: float = self.optimizer.param_groups[0]["lr"]
+
+    @torch.no_grad()
+    def collect_gradients(self) -> None:
+        """After a backward pass: add 16-bit gradients to the masters' fp32 ones and free them."""
+        if not self.master_weights:
+            return
+        for name, parameter in self.model_parameters.items():
+            if parameter.grad is None:
+                continue
+            master = self.weights[name]
+            if master.grad is None:
+                master.grad = parameter.grad.float()
+            else:
+                master.grad.add_(parameter.grad)
+            parameter.grad = None
+
+    @torch.no_grad()
+    def apply(self, learning_rate: float, max_norm: float) -> tuple[float, bool]:
+        """Unscale, clip to `max_norm` (global L2) and update. Return the norm before clipping and whether it was applied.
+
+        Nothing changes but the loss scale when the norm is not finite.
+        """
+        gradients = [weight.grad for weight in self.weights.values() if weight.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients).item() / self.loss_scale.scale
+        finite = bool(norm - norm == 0)
+        if finite:
+            factor = min(1.0, max_norm / (norm + 1e-6)) / self.loss_scale.scale
+            if factor != 1.0:
+                torch._foreach_mul_(gradients, factor)
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate
+            self.optimizer.step()
+            self.round_masters()
+        self.optimizer.zero_grad()
+        self.loss_scale.observe(finite)
+        return norm, finite
+
+    @torch.no_grad()
+    def round_masters(self) -> None:
+        """Copy the masters into the model's 16-bit weights."""
+        if self.master_weights:
+            torch._foreach_copy_(list(self.model_parameters.values()), list(self.weights.values()))
+
+    def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the optimizer's tensors by 'weight name/state name', and its numbers for JSON."""
+        state = self.optimizer.state_dict()["state"]
+        tensors: dict[str, Tensor] = {}
+        numbers: dict[str, Any] = {}
+        for index, name in enumerate(self._names()):
+            for key, value in state.get(index, {}).items():
+                (tensors if isinstance(value, Tensor) else numbers)[f"{name}/{key}"] = value
+        return tensors, numbers
+
+    def load_optimizer_state(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+        """Restore what `optimizer_state` returned; hyperparameters stay those of the configuration."""
+        state: dict[int, dict[str, Any]] = {}
+        index_of = {name: index for index, name in enumerate(self._names())}
+        for path, value in {**tensors, **numbers}.items():
+            name, _, key = path.rpartition("/")
+            state.setdefault(index_of[name], {})[key] = value
+        whole = self.optimizer.state_dict()
+        self.optimizer.load_state_dict({"state": state, "param_groups": whole["param_groups"]})
+
+    def _names(self) -> list[str]:
+        return [name for names in self.group_names for name in names]

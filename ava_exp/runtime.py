@@ -1,0 +1,285 @@
+"""The machine a run stands on: device, precision, measured rates. The only importer of accelerate.
+
+What is measured is measured once: `Resolution` is stored in the run folder, and a resumed run reads it back.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from ava_exp.config.machine import DeviceType, HardwareConfig, Precision, PrecisionConfig
+from ava_exp.config.options import read_option
+from ava_exp.config.validate import precision_faults, raise_if_fatal
+from ava_exp.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {
+    Precision.fp32: torch.float32,
+    Precision.fp16: torch.float16,
+    Precision.bf16: torch.bfloat16,
+    Precision.mixed_fp16: torch.float16,
+    Precision.mixed_bf16: torch.bfloat16,
+}
+"""The format a model computes in."""
+
+WORTHWHILE_SPEEDUP = 1.3
+"""`precision=auto` leaves fp32 on a CPU only for a measured gain of at least this much."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Resolution:
+    """What was measured or depends on the machine, resolved when the run started."""
+
+    device: str
+    hardware: str
+    precision: str
+    batch_size: int
+    num_threads: int
+    peak_tflops: float | None
+    seconds_per_step: float | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class Runtime:
+    """Device and formats of this process, and sentences the user should read."""
+
+    accelerator: Accelerator
+    hardware: HardwareConfig
+    precision: Precision
+    resolution: Resolution
+    notices: list[str]
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.precision]
+
+    @property
+    def mixed(self) -> bool:
+        return self.precision in (Precision.mixed_bf16, Precision.mixed_fp16)
+
+    def backward(self, loss: Tensor) -> None:
+        """Compute gradients."""
+        self.accelerator.backward(loss)
+
+
+def open_runtime(
+    hardware: HardwareConfig,
+    precision: PrecisionConfig,
+    *,
+    batch_size: int | None,
+    cache_dir: Path,
+    stored: dict[str, Any] | None = None,
+) -> Runtime:
+    """Find the device, settle the precision and the batch size. `stored` is an earlier `Resolution` of the same run.
+
+    Raises ConfigError for strict hardware that is not here, and for a precision that the device cannot use.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("a run is one process in this version, but WORLD_SIZE is above 1. Start it without torchrun.")
+    keep_freed_memory()
+    device_type = _find_device(hardware)
+    actual, notices = _match_hardware(hardware, device_type)
+    if hardware.num_threads or stored:
+        torch.set_num_threads(hardware.num_threads or stored["num_threads"])  # type: ignore[index]
+    accelerator = Accelerator(cpu=device_type is DeviceType.cpu)
+    assert accelerator.device.type == device_type.value, f"asked for {device_type.value}, got {accelerator.device}"
+    rates = measured_rates(accelerator.device, cache_dir) if stored is None else {}
+    chosen = (
+        Precision(stored["precision"]) if stored else _choose_precision(precision.training, accelerator.device, rates)
+    )
+    capability = ".".join(map(str, torch.cuda.get_device_capability())) if device_type is DeviceType.cuda else None
+    raise_if_fatal(precision_faults(device_type, capability, chosen))
+    if precision.training is Precision.auto and stored is None:
+        notices.append(_explain_choice(chosen, device_type, rates))
+    resolution = Resolution(
+        device=device_type.value,
+        hardware=actual.name,
+        precision=chosen.value,
+        batch_size=stored["batch_size"] if stored else batch_size or actual.batch_size,
+        num_threads=torch.get_num_threads(),
+        peak_tflops=stored["peak_tflops"] if stored else _peak(actual, chosen, rates),
+        seconds_per_step=stored["seconds_per_step"] if stored else None,
+    )
+    return Runtime(accelerator=accelerator, hardware=actual, precision=chosen, resolution=resolution, notices=notices)
+
+
+def store_resolution(resolution: Resolution) -> dict[str, Any]:
+    """Return plain values for `open_runtime(stored=…)`."""
+    return asdict(resolution)
+
+
+def _find_device(hardware: HardwareConfig) -> DeviceType:
+    present = {
+        DeviceType.cuda: torch.cuda.is_available(),
+        DeviceType.mps: torch.backends.mps.is_available(),
+        DeviceType.cpu: True,
+    }
+    if hardware.device is not DeviceType.auto and present[hardware.device]:
+        return hardware.device
+    return next(device for device, here in present.items() if here)
+
+
+def _match_hardware(hardware: HardwareConfig, device: DeviceType) -> tuple[HardwareConfig, list[str]]:
+    """Return the hardware that is really here, and a notice when it is not what was asked for."""
+    machine = _device_name(device)
+    if hardware.device is DeviceType.auto:
+        return (_known_hardware(device, machine) if device is not DeviceType.cuda else _known_gpu(machine)), []
+    fits = hardware.device is device and (device is not DeviceType.cuda or _is_gpu(hardware.name, machine))
+    if fits:
+        return hardware, []
+    actual = _known_gpu(machine) if device is DeviceType.cuda else _known_hardware(device, machine)
+    sentence = f"hardware={hardware.name} is not on this machine, which has {machine}"
+    if hardware.strict:
+        raise ConfigError(f"{sentence}. Choose `hardware={actual.name}`, or `hardware.strict=false` to run on it.")
+    return actual, [f"{sentence}: running on it, with its own batch size {actual.batch_size} and measured peak."]
+
+
+def _known_hardware(device: DeviceType, machine: str) -> HardwareConfig:
+    return read_option("hardware", device.value, HardwareConfig)
+
+
+GPU_NAMES = {
+    "rtx3060": "3060",
+    "rtx3090": "3090",
+    "rtx4090": "4090",
+    "t4": "T4",
+    "v100": "V100",
+    "a100": "A100",
+    "a100_80g": "A100",
+    "h100": "H100",
+    "h200": "H200",
+}
+"""What CUDA calls the devices of `conf/hardware`."""
+
+
+def _is_gpu(name: str, machine: str) -> bool:
+    pattern = GPU_NAMES.get(name)
+    if pattern is None or pattern not in machine:
+        return False
+    return (name == "a100_80g") == ("80GB" in machine) if pattern == "A100" else True
+
+
+def _known_gpu(machine: str) -> HardwareConfig:
+    for name in GPU_NAMES:
+        if _is_gpu(name, machine):
+            return read_option("hardware", name, HardwareConfig)
+    return HardwareConfig(name=machine, device=DeviceType.cuda)
+
+
+def _device_name(device: DeviceType) -> str:
+    if device is DeviceType.cuda:
+        return torch.cuda.get_device_name()
+    if device is DeviceType.mps:
+        return "an Apple GPU"
+    return f"a CPU ({cpu_name()}, {torch.get_num_threads()} threads)"
+
+
+def cpu_name() -> str:
+    """Return the processor's own name where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _choose_precision(asked: Precision, device: torch.device, rates: dict[str, float]) -> Precision:
+    """Apply the detection logic of LuminaAI, except where a measurement can tell better: on a CPU."""
+    if asked is not Precision.auto:
+        return asked
+    if device.type == "cuda":
+        return Precision.mixed_bf16 if torch.cuda.get_device_capability() >= (8, 0) else Precision.mixed_fp16
+    gain = rates["bf16"] / rates["fp32"]
+    return Precision.mixed_bf16 if gain >= WORTHWHILE_SPEEDUP else Precision.fp32
+
+
+def _explain_choice(chosen: Precision, device: DeviceType, rates: dict[str, float]) -> str:
+    if device is DeviceType.cuda:
+        return f"precision=auto chose {chosen.value} by the device's compute capability."
+    return (
+        f"precision=auto chose {chosen.value}: matrix products measured {rates['bf16']:.2f} TFLOP/s in bf16 "
+        f"and {rates['fp32']:.2f} in fp32."
+    )
+
+
+def _peak(hardware: HardwareConfig, precision: Precision, rates: dict[str, float]) -> float | None:
+    """Return TFLOP/s in the computing format: declared by the maker, else measured."""
+    name = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[DTYPES[precision]]
+    declared: float | None = getattr(hardware.peak_tflops, name)
+    return declared if declared is not None else rates.get(name)
+
+
+def measured_rates(device: torch.device, cache_dir: Path) -> dict[str, float]:
+    """Return TFLOP/s of a matrix product by format, measured in about a second and remembered in `cache_dir`."""
+    if device.type == "cuda":
+        return {}
+    key = f"{cpu_name()}|{device.type}|{torch.get_num_threads()}|{torch.__version__}"
+    path = cache_dir / "matrix_product_rates.json"
+    try:
+        known: dict[str, dict[str, float]] = json.loads(path.read_text())
+    except (OSError, ValueError):
+        known = {}
+    if key not in known:
+        known[key] = {
+            name: _matrix_product_tflops(device, dtype)
+            for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+        }
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(f".{os.getpid()}").write_text(json.dumps(known, indent=1))
+        path.with_suffix(f".{os.getpid()}").replace(path)
+    return known[key]
+
+
+def _matrix_product_tflops(device: torch.device, dtype: torch.dtype, size: int = 1024, repeats: int = 9) -> float:
+    """Return the median rate of (2 size, size) × (size, size)."""
+    a, b = torch.ones(2 * size, size, dtype=dtype, device=device), torch.ones(size, size, dtype=dtype, device=device)
+    seconds = time_of(lambda: a @ b, device, repeats)
+    return 4 * size**3 / seconds / 1e12
+
+
+def time_of(work: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Return the median seconds of `work`, after one run that does not count."""
+    taken = []
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        work()
+        synchronize(device)
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken[1:])
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed buffers: giving them back to the kernel at every step costs 6 to 25 % on a CPU."""
+    m_trim_threshold, m_mmap_max, largest_int = -1, -4, 2**31 - 1
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if platform.system() == "Linux" else None
+    if mallopt is not None:
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, largest_int)

@@ -1,0 +1,149 @@
+"""The metrics file of a run: one JSON record a line. Figures, report and trackers are made from it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ava_exp.tracking.experts import expert_summary
+from ava_exp.tracking.files import restore_numbers, to_json, write_atomically
+
+logger = logging.getLogger(__name__)
+
+Record = dict[str, Any]
+
+NOT_METRICS = frozenset({"kind", "step", "time", "final", "sample_crc32", "expert_load"})
+MAX_PENDING = 10_000
+"""Records kept in memory while the file cannot be written."""
+
+
+class MetricsFile:
+    """Appends records, each whole at once. While the disk is full they wait in memory, up to `MAX_PENDING`.
+
+    A context manager; every record gets the wall-clock `time` it was appended at, in seconds since 1970.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor = _open_to_append(path)
+        self._pending: deque[bytes] = deque()
+        self._num_lost = 0
+        self._warned = False
+
+    def append(self, record: Record) -> None:
+        """Write one record; a disk that is full costs one warning and is tried again at the next record."""
+        line = to_json({**record, "time": round(time.time(), 3)}) + "\n"
+        if len(self._pending) == MAX_PENDING:
+            self._pending.popleft()
+            self._num_lost += 1
+        self._pending.append(line.encode())
+        self._write_pending()
+
+    def cut_back(self, step: int) -> None:
+        """Drop what comes after `step`, and a last line that was torn, so that a resumed run repeats nothing."""
+        kept = [line for line, record in _whole_lines(self.path) if record["step"] <= step]
+        if sum(map(len, kept)) != self.path.stat().st_size:
+            write_atomically(self.path, b"".join(kept).decode())
+            os.close(self._descriptor)
+            self._descriptor = _open_to_append(self.path)
+
+    def sync(self) -> None:
+        """Bring what was written to the disk; to be called before a checkpoint that counts on it is committed."""
+        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Try once more to write what waits, and say what was lost."""
+        self._write_pending()
+        if lost := self._num_lost + len(self._pending):
+            logger.error("%d metric records could not be written to %s and are lost.", lost, self.path)
+        os.close(self._descriptor)
+
+    def __enter__(self) -> MetricsFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _write_pending(self) -> None:
+        while self._pending:
+            try:
+                _write_whole(self._descriptor, self._pending[0])
+            except OSError as error:
+                self._warn(error)
+                return
+            self._pending.popleft()
+
+    def _warn(self, error: OSError) -> None:
+        if not self._warned:
+            self._warned = True
+            logger.warning("Metrics cannot be written (%s: %s); the run goes on.", self.path, error.strerror)
+
+
+def _open_to_append(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+
+
+def _write_whole(descriptor: int, line: bytes) -> None:
+    """Append a line, or leave the file as it was: half a line would spoil the next one."""
+    end = os.fstat(descriptor).st_size
+    try:
+        written = 0
+        while written < len(line):
+            written += os.write(descriptor, line[written:])
+    except OSError:
+        os.ftruncate(descriptor, end)
+        raise
+
+
+def _whole_lines(path: Path) -> Iterator[tuple[bytes, Record]]:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return  # torn by a kill, or just being written
+            try:
+                yield line, parse_record(line)
+            except ValueError:
+                logger.warning("%s, line %d is no metric record and is left out.", path, number)
+
+
+def parse_record(line: bytes) -> Record:
+    """Turn one line of a metrics file back into the record that was appended. Raises `ValueError`."""
+    record: Record = restore_numbers(json.loads(line))
+    return record
+
+
+def read_metrics(path: Path) -> list[Record]:
+    """Return all whole records of a metrics file; none where there is no file."""
+    return [record for _, record in _whole_lines(path)] if path.exists() else []
+
+
+def of_kind(records: Iterable[Record], kind: str) -> list[Record]:
+    """Return the records of one kind, in order."""
+    return [record for record in records if record["kind"] == kind]
+
+
+def metric_group(record: Record) -> str:
+    """Return what a record's metrics are filed under: `train`, `eval`, or `final` for the last evaluation."""
+    return "final" if record.get("final") else str(record["kind"])
+
+
+def metric_values(record: Record) -> dict[str, float]:
+    """Return a record's numbers by tracker name: `train/loss`, `eval/bits_per_byte`, `experts/layer_0/gini`."""
+    group = metric_group(record)
+    values = {
+        f"{group}/{name}": float(value)
+        for name, value in record.items()
+        if name not in NOT_METRICS and isinstance(value, int | float)
+    }
+    for layer, load in enumerate(record.get("expert_load") or ()):
+        values |= {f"experts/layer_{layer}/{name}": value for name, value in expert_summary(load).items()}
+    return values

@@ -1,0 +1,204 @@
+"""Checkpoint folders: written so that no crash can leave a bad one that looks good, read without running any code.
+
+A folder is written as `step_N.tmp`: every file is fsynced, a manifest with the SHA-256 of each comes last, and the
+folder is renamed when all of that is on disk. A folder without a manifest that verifies is no checkpoint. Tensors are
+safetensors, everything else JSON; nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ava_exp.errors import CheckpointError, must_be
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+STATE = "state.json"
+PREFIX = "step_"
+UNFINISHED, BAD, LEAVING = ".tmp", ".bad", ".old"
+
+
+@dataclass(kw_only=True, slots=True)
+class Snapshot:
+    """What a checkpoint holds: files of tensors, by file stem and then by tensor name, and one JSON document."""
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any] = field(default_factory=dict)
+
+
+def folder_of(checkpoints: Path, step: int) -> Path:
+    """Return the folder of the checkpoint after `step` steps; names sort by step."""
+    return checkpoints / f"{PREFIX}{step:08d}"
+
+
+def list_checkpoints(checkpoints: Path) -> list[Path]:
+    """Return finished checkpoint folders, oldest first. They are not verified yet."""
+    if not checkpoints.is_dir():
+        return []
+    return sorted(path for path in checkpoints.iterdir() if path.name.removeprefix(PREFIX).isdigit())
+
+
+def step_of(folder: Path) -> int:
+    """Return the step of a checkpoint folder."""
+    return int(folder.name.removeprefix(PREFIX))
+
+
+def write_checkpoint(checkpoints: Path, snapshot: Snapshot) -> Path:
+    """Write a snapshot; it exists once the last rename is on disk. Raises OSError, leaving no partial folder behind."""
+    final = folder_of(checkpoints, snapshot.step)
+    partial = final.with_name(final.name + UNFINISHED)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        for stem, tensors in snapshot.tensors.items():
+            _write_synced(partial / f"{stem}.safetensors", safetensors.torch.save(tensors))
+        _write_synced(partial / STATE, _json_bytes(snapshot.state))
+        files = {path.name: _describe(path) for path in sorted(partial.iterdir())}
+        _write_synced(partial / MANIFEST, _json_bytes({"format": FORMAT, "step": snapshot.step, "files": files}))
+        _sync_folder(partial)
+        if final.exists():  # one that did not verify when this run was resumed, or that a later one replaces
+            os.rename(final, _free_name(final, BAD))
+        os.rename(partial, final)
+        _sync_folder(checkpoints)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return final
+
+
+def verify_checkpoint(folder: Path) -> str | None:
+    """Return what is wrong with a checkpoint folder in a few words, or None when every byte is as it was written."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        if manifest["format"] != FORMAT:
+            return f"its format is {manifest['format']}, and this version reads {FORMAT}"
+        files: dict[str, dict[str, Any]] = manifest["files"]
+        for name, expected in files.items():
+            if Path(name).name != name:
+                return f"its manifest names a file outside of it: {name!r}"
+            if not (folder / name).is_file():
+                return f"{name} is missing"
+            actual = _describe(folder / name)
+            if actual != expected:
+                return f"{name} is not as it was written ({actual['bytes']} bytes, of {expected['bytes']})"
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"its {MANIFEST} cannot be read ({error})"
+    return None if STATE in files else f"{STATE} is missing from its {MANIFEST}"
+
+
+def read_checkpoint(folder: Path) -> Snapshot:
+    """Read a checkpoint after verifying it. Raises CheckpointError."""
+    problem = verify_checkpoint(folder)
+    if problem is not None:
+        raise CheckpointError(f"{folder} cannot be used: {problem}.")
+    try:
+        state = json.loads((folder / STATE).read_bytes())
+        tensors = {path.stem: safetensors.torch.load_file(path) for path in sorted(folder.glob("*.safetensors"))}
+    except (SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{folder} cannot be read: {error}.") from error
+    return Snapshot(step=step_of(folder), tensors=tensors, state=state)
+
+
+def newest_good_checkpoint(checkpoints: Path) -> tuple[Path | None, list[str]]:
+    """Return the newest checkpoint that verifies, and a sentence for each newer one that does not.
+
+    Raises CheckpointError when there are checkpoints and none verifies: a run never starts over in silence.
+    """
+    problems = []
+    for folder in reversed(list_checkpoints(checkpoints)):
+        problem = verify_checkpoint(folder)
+        if problem is None:
+            return folder, problems
+        problems.append(f"checkpoint {folder.name} is not used: {problem}")
+    if problems:
+        raise CheckpointError(
+            f"no checkpoint in {checkpoints} can be used: {'; '.join(problems)}. "
+            "Restore one from a backup, or start a new attempt with `resume=never`."
+        )
+    return None, []
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """Return the checkpoint that a user's path means: one itself, a run's folder, or its folder of checkpoints.
+
+    Raises CheckpointError for anything else, a pickled file above all.
+    """
+    if not path.is_dir():
+        state = "a file" if path.exists() else "nothing"
+        raise CheckpointError(
+            must_be("resume", "`auto`, `never`, or a checkpoint or run folder of this program", f"{path} ({state})")
+        )
+    if (path / MANIFEST).is_file():
+        return path
+    found, _ = newest_good_checkpoint(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
+    if found is None:
+        raise CheckpointError(must_be("resume", "a folder that holds a checkpoint", str(path)))
+    return found
+
+
+def sweep_leftovers(checkpoints: Path) -> None:
+    """Remove what an interrupted save or removal left behind. Only the owner of the run's lock may call this."""
+    if checkpoints.is_dir():
+        for path in checkpoints.iterdir():
+            if path.name.startswith(PREFIX) and path.name.endswith((UNFINISHED, LEAVING)):
+                shutil.rmtree(path)
+
+
+def prune_checkpoints(checkpoints: Path, evaluations: dict[int, float], num_best: int) -> list[int]:
+    """Keep the newest checkpoint and the `num_best` with the lowest validation loss; return the steps removed.
+
+    A folder is renamed before it is emptied, so that a crash leaves no half of a checkpoint under a checkpoint's name.
+    """
+    folders = list_checkpoints(checkpoints)
+    evaluated = [step for step in map(step_of, folders) if step in evaluations]
+    keep = set(sorted(evaluated, key=lambda step: (evaluations[step], step))[:num_best])
+    removed = []
+    for folder in folders[:-1]:
+        if step_of(folder) not in keep:
+            leaving = folder.with_name(folder.name + LEAVING)
+            os.rename(folder, leaving)
+            shutil.rmtree(leaving)
+            removed.append(step_of(folder))
+    return removed
+
+
+def _json_bytes(value: Any) -> bytes:
+    return json.dumps(value, indent=1, sort_keys=True).encode()
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _free_name(path: Path, ending: str) -> Path:
+    names = (path.with_name(f"{path.name}{ending}{count or ''}") for count in range(1000))
+    return next(name for name in names if not name.exists())
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

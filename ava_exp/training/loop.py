@@ -1,0 +1,182 @@
+"""The training loop: next batch, step, observe, log, evaluate, save."""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from enum import Enum
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ava_exp.data.loader import Batch, BatchLoader
+from ava_exp.errors import UserError
+from ava_exp.evaluation.language import LanguageMetrics
+from ava_exp.losses.terms import LossTerm
+from ava_exp.models.decoder import Decoder
+from ava_exp.optim.schedules import Schedule
+from ava_exp.optim.update import Updater
+from ava_exp.training.signals import SignalRequests
+from ava_exp.training.state import TrainState
+from ava_exp.training.step import StepMetrics, train_step
+
+Record = dict[str, Any]
+
+
+class Outcome(Enum):
+    """Why the loop ended."""
+
+    finished = "finished"
+    stopped = "stopped"
+
+
+class Trainer:
+    """Trains `model` to `total_steps`. Everything but the first six arguments is optional.
+
+    `sinks` receive every record as it happens; `evaluate(final)` measures the model; `save(state)` keeps it.
+    `peak_flops` (FLOP/s) and `flops_per_token` give the share of the peak that is used (MFU).
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        loader: BatchLoader,
+        updater: Updater,
+        schedule: Schedule,
+        terms: Sequence[LossTerm],
+        total_steps: int,
+        *,
+        state: TrainState | None = None,
+        gradient_clip_val: float = 1.0,
+        max_skipped_steps: int = 10,
+        log_interval: int = 1,
+        evaluation_interval: int | None = None,
+        save_interval: int | None = None,
+        evaluate: Callable[[bool], LanguageMetrics] | None = None,
+        save: Callable[[TrainState], None] | None = None,
+        sinks: Sequence[Callable[[Record], None]] = (),
+        device: torch.device | None = None,
+        backward: Callable[[Tensor], None] = torch.Tensor.backward,
+        flops_per_token: float = 0.0,
+        peak_flops: float | None = None,
+    ) -> None:
+        self.model, self.loader, self.updater, self.schedule, self.terms = model, loader, updater, schedule, terms
+        self.total_steps, self.state = total_steps, state or TrainState()
+        self.gradient_clip_val, self.max_skipped_steps = gradient_clip_val, max_skipped_steps
+        self.log_interval = log_interval
+        self.evaluation_interval, self.save_interval = evaluation_interval, save_interval
+        self.evaluate, self.save, self.sinks = evaluate, save, sinks
+        self.device, self.backward = device or torch.device("cpu"), backward
+        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
+
+    def fit(self, requests: SignalRequests | None = None) -> Outcome:
+        """Train until the budget is spent, or until a signal asks to stop; then the state has been saved."""
+        requests = requests or SignalRequests()
+        self.model.train()
+        while self.state.step < self.total_steps:
+            batches = self.loader.micro_batches(self.state.step)
+            metrics, seconds = self._step(batches)
+            self._observe(metrics, seconds, batches)
+            done, stop = self.state.step == self.total_steps, requests.stop is not None
+            self._emit(self._train_record(metrics, seconds, batches), self.state.step % self.log_interval == 0 or done)
+            if done or self._is_due(self.evaluation_interval):
+                self._evaluate(final=done)
+            if done or stop or requests.save or self._is_due(self.save_interval):
+                requests.save = False
+                self._save()
+            if stop:
+                return Outcome.stopped
+        return Outcome.finished
+
+    def _step(self, batches: list[Batch]) -> tuple[StepMetrics, float]:
+        started = time.perf_counter()
+        metrics = train_step(
+            self.model,
+            self.updater,
+            batches,
+            self.terms,
+            learning_rate=self._learning_rate(self.state.step),
+            max_norm=self.gradient_clip_val,
+            device=self.device,
+            backward=self.backward,
+        )
+        return metrics, time.perf_counter() - started
+
+    def _observe(self, metrics: StepMetrics, seconds: float, batches: list[Batch]) -> None:
+        self.state.step += 1
+        self.state.tokens += metrics.num_tokens
+        self.state.elapsed_s += seconds
+        if metrics.applied:
+            self.state.skipped_in_a_row = 0
+            return
+        self.state.skipped_steps += 1
+        self.state.skipped_in_a_row += 1
+        if self.state.skipped_in_a_row >= self.max_skipped_steps:
+            samples = np.concatenate([batch.sample_ids for batch in batches]).tolist()
+            raise UserError(
+                f"{self.state.skipped_in_a_row} steps in a row had a loss or gradient that is not finite, the last with "
+                f"samples {samples}. Lower `optimizer.learning_rate`, or use a wider `precision`; "
+                "the newest checkpoint is from before."
+            )
+
+    def _learning_rate(self, step: int) -> float:
+        return self.updater.peak_learning_rate * self.schedule.factor(step)
+
+    def _train_record(self, metrics: StepMetrics, seconds: float, batches: list[Batch]) -> Record:
+        rate = metrics.num_tokens / seconds
+        record: Record = {
+            "kind": "train",
+            "step": self.state.step,
+            "elapsed_s": self.state.elapsed_s,
+            "tokens": self.state.tokens,
+            **metrics.losses,
+            "learning_rate": self._learning_rate(self.state.step - 1),
+            "grad_norm": metrics.grad_norm,
+            "tokens_per_s": rate,
+            "mfu": rate * self.flops_per_token / self.peak_flops if self.peak_flops else None,
+            "sample_crc32": zlib.crc32(np.concatenate([batch.sample_ids for batch in batches]).tobytes()),
+            "skipped": not metrics.applied,
+        }
+        if metrics.expert_counts is not None:
+            record["expert_load"] = (metrics.expert_counts / metrics.expert_counts.sum(dim=1, keepdim=True)).tolist()
+        return record
+
+    def _evaluate(self, final: bool) -> None:
+        if self.evaluate is None:
+            return
+        result = self.evaluate(final)
+        self.state.evaluations[self.state.step] = result.loss
+        self._emit(
+            {
+                "kind": "eval",
+                "step": self.state.step,
+                "loss": result.loss,
+                "perplexity": result.perplexity,
+                "bits_per_byte": result.bits_per_byte,
+                "token_accuracy": result.token_accuracy,
+                "tokens": result.tokens,
+                "seconds": result.seconds,
+                "final": final,
+            }
+        )
+
+    def _save(self) -> None:
+        if self.save is not None:
+            self.save(self.state)
+
+    def _emit(self, record: Record, wanted: bool = True) -> None:
+        for sink in self.sinks if wanted else ():
+            sink(record)
+
+    def _is_due(self, interval: int | None) -> bool:
+        return interval is not None and self.state.step % interval == 0
+
+
+def measure_seconds_per_step(trainer: Trainer, num_steps: int = 4) -> Iterator[float]:
+    """Yield the seconds of each of `num_steps` steps of a trainer that is thrown away afterwards."""
+    trainer.model.train()
+    for step in range(num_steps):
+        yield trainer._step(trainer.loader.micro_batches(step))[1]

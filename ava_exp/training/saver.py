@@ -1,0 +1,157 @@
+"""Takes snapshots of a run and writes them, off the training thread unless told otherwise."""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ava_exp.errors import CheckpointError
+from ava_exp.optim.update import Updater
+from ava_exp.training.checkpoint import Snapshot, prune_checkpoints, write_checkpoint
+from ava_exp.training.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+MAX_FAILURES_IN_A_ROW = 3
+
+
+class CheckpointSaver:
+    """Writes at most one checkpoint at a time; a failed save keeps the older ones and is tried again at the next."""
+
+    def __init__(self, checkpoints: Path, *, num_best: int, asynchronous: bool) -> None:
+        self.checkpoints, self.num_best, self.asynchronous = checkpoints, num_best, asynchronous
+        self.last_duration_s = 0.0
+        self._thread: threading.Thread | None = None
+        self._failures = 0
+        self._error: OSError | None = None
+
+    def save(self, snapshot: Snapshot, evaluations: dict[int, float]) -> None:
+        """Write `snapshot`, whose tensors nobody changes any more, then remove checkpoints that need not be kept.
+
+        Raises CheckpointError after three failures in a row.
+        """
+        self.wait()
+        arguments = (snapshot, dict(evaluations))
+        if not self.asynchronous:
+            self._write(*arguments)
+            self._raise_if_hopeless()
+            return
+        self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint-writer")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when nothing is being written. Raises CheckpointError after three failures in a row."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self._raise_if_hopeless()
+
+    @property
+    def last_save_failed(self) -> bool:
+        """Whether the newest snapshot is not on disk."""
+        return self._error is not None
+
+    def _write(self, snapshot: Snapshot, evaluations: dict[int, float]) -> None:
+        started = time.monotonic()
+        try:
+            write_checkpoint(self.checkpoints, snapshot)
+            self._failures, self._error = 0, None
+        except OSError as error:
+            self._failures, self._error = self._failures + 1, error
+            logger.error("checkpoint at step %d was not saved: %s. Older ones are kept.", snapshot.step, error)
+            return
+        self.last_duration_s = time.monotonic() - started
+        removed = prune_checkpoints(self.checkpoints, evaluations, self.num_best)
+        logger.info("checkpoint at step %d saved in %.2f s; removed %s", snapshot.step, self.last_duration_s, removed)
+
+    def _raise_if_hopeless(self) -> None:
+        if self._failures >= MAX_FAILURES_IN_A_ROW:
+            raise CheckpointError(
+                f"{self._failures} checkpoints in a row could not be saved in {self.checkpoints}: {self._error}. "
+                "Make room there and give the same command again: it goes on from the newest one."
+            )
+
+
+def take_snapshot(updater: Updater, state: TrainState, extra: dict[str, Any]) -> Snapshot:
+    """Copy everything resumable, so that training can go on while the copy is written."""
+    optimizer_tensors, optimizer_numbers = updater.optimizer_state()
+    state.loss_scale, state.loss_scale_good_steps = updater.loss_scale.scale, updater.loss_scale.good_steps
+    random_tensors, random_numbers = random_state()
+    return Snapshot(
+        step=state.step,
+        tensors={
+            "model": _copies(updater.weights),
+            "optimizer": _copies(optimizer_tensors),
+            "random": random_tensors,
+        },
+        state={"train": state.to_json(), "optimizer": optimizer_numbers, "random": random_numbers, **extra},
+    )
+
+
+def restore_snapshot(snapshot: Snapshot, updater: Updater, *, reset_optimizer: bool) -> TrainState:
+    """Put a snapshot back into a model and its optimizer. Raises CheckpointError when it does not fit them."""
+    load_weights(snapshot, updater.weights)
+    updater.round_masters()
+    try:
+        state = TrainState.from_json(snapshot.state["train"])
+        if not reset_optimizer:
+            updater.load_optimizer_state(snapshot.tensors["optimizer"], snapshot.state["optimizer"])
+            updater.loss_scale.scale, updater.loss_scale.good_steps = state.loss_scale, state.loss_scale_good_steps
+        restore_random_state(snapshot.tensors["random"], snapshot.state["random"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"the checkpoint of step {snapshot.step} lacks or has too much: {error!r}.") from error
+    return state
+
+
+@torch.no_grad()
+def load_weights(snapshot: Snapshot, weights: dict[str, Tensor]) -> None:
+    """Copy a snapshot's weights into `weights`. Raises CheckpointError naming what differs."""
+    saved = snapshot.tensors.get("model", {})
+    if saved.keys() != weights.keys():
+        differing = sorted(saved.keys() ^ weights.keys())
+        raise CheckpointError(
+            f"the checkpoint holds another model: {len(differing)} weights differ, as {differing[0]}."
+        )
+    for name, weight in weights.items():
+        if saved[name].shape != weight.shape:
+            raise CheckpointError(
+                f"`{name}` must be {tuple(weight.shape)} for this model, but the checkpoint has {tuple(saved[name].shape)}."
+            )
+        weight.copy_(saved[name])
+
+
+def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the state of every generator a run may draw from: torch's on each device, numpy's and Python's."""
+    tensors = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors |= {f"cuda_{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
+    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    version, words, gauss_next = random.getstate()
+    tensors["numpy"] = torch.from_numpy(np.asarray(keys, dtype=np.int64))
+    tensors["python"] = torch.tensor(words, dtype=torch.int64)
+    return tensors, {"numpy": [kind, position, has_gauss, gauss], "python": [version, gauss_next]}
+
+
+def restore_random_state(tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+    """Put back what `random_state` returned; devices that are not here are left out."""
+    torch.set_rng_state(tensors["torch"])
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            if f"cuda_{index}" in tensors:
+                torch.cuda.set_rng_state(tensors[f"cuda_{index}"], index)
+    kind, position, has_gauss, gauss = numbers["numpy"]
+    np.random.set_state((kind, tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, gauss))
+    version, gauss_next = numbers["python"]
+    random.setstate((version, tuple(tensors["python"].tolist()), gauss_next))
+
+
+def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}

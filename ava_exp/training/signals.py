@@ -1,0 +1,39 @@
+"""Signals ask; the loop answers at the next step boundary, when the state is whole."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from types import FrameType, TracebackType
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SAVE_SIGNALS = tuple(getattr(signal, name) for name in ("SIGUSR1",) if hasattr(signal, name))
+
+
+class SignalRequests:
+    """SIGTERM and SIGINT: save and stop. SIGUSR1: save and go on. Further signals never interrupt a save."""
+
+    def __init__(self) -> None:
+        self.stop: signal.Signals | None = None
+        self.save = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> SignalRequests:
+        for number in (*STOP_SIGNALS, *SAVE_SIGNALS):
+            self._previous[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number in SAVE_SIGNALS:
+            self.save = True
+        else:
+            self.stop = signal.Signals(number)
