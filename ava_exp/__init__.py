@@ -1,0 +1,3 @@
+"""Composable experiments with sparse language models."""
+
+__version__ = "0.1.0"

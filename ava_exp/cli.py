@@ -111,6 +111,7 @@ def _run_hydra(arguments: list[str]) -> int:
     def task(config: DictConfig) -> int:
         return points.run(config)
 
+    task.__module__ = "__main__"  # or Hydra reads options from the package of the function's module too
     hydra.main(version_base="1.3", config_path=None, config_name=CONFIG_NAME)(task)()
     return points.finish()
 

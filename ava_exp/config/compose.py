@@ -36,7 +36,7 @@ def compose(overrides: Sequence[str] = ()) -> RunConfig:
         check_overrides(overrides, may_sweep=False)
         loader = ConfigLoaderImpl(create_config_search_path(None))
         config = loader.load_configuration(CONFIG_NAME, list(overrides), RunMode.RUN)
-        return to_run_config(OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]))
+        return to_run_config(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
 
 
 def to_run_config(config: DictConfig) -> RunConfig:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from omegaconf import OmegaConf
 
-from ava_exp.config.folders import data_folder, group_names, option_names
+from ava_exp.config import folders
 
 _TEXT = """\
 ava_exp trains sparse language models. A run is composed from one option of each group, and any value can be changed.
 
 usage: python -m ava_exp [group=option ...] [key=value ...] [flags]
 
-Groups and their options (* is taken when nothing is said):
+Groups and their options (* is taken when nothing is said; `sparsity` and `router` come with the model):
 {groups}
 
 Flags:
@@ -37,15 +37,15 @@ def help_text() -> str:
     """Return the help, made from the folders as they are."""
     chosen = _default_options()
     rows = []
-    for group in group_names():
-        names = [f"{name}*" if name == chosen.get(group) else name for name in option_names(group)]
-        rows.append(f"  {group:<12} {', '.join(names)}")
+    for group in folders.group_names():
+        names = [f"{name}*" if name == chosen.get(group) else name for name in folders.option_names(group)]
+        rows += [f"  {group:<12} {', '.join(names)}"] if names else []
     return _TEXT.format(groups="\n".join(rows))
 
 
 def _default_options() -> dict[str, str]:
     """Return the option that `conf/config.yaml` takes of each group."""
-    entries = OmegaConf.to_container(OmegaConf.load(data_folder("conf") / "config.yaml"))
+    entries = OmegaConf.to_container(OmegaConf.load(folders.data_folder("conf") / "config.yaml"))
     assert isinstance(entries, dict)
     pairs = [pair for entry in entries["defaults"] if isinstance(entry, dict) for pair in entry.items()]
     return {group: option for group, option in pairs if option is not None}

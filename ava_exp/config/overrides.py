@@ -14,6 +14,7 @@ from hydra.core.override_parser.types import Override
 
 from ava_exp.config.folders import group_names, option_names
 from ava_exp.config.schema import annotations_at, is_in_mapping, keys_beside
+from ava_exp.config.suggest import suggest_key
 from ava_exp.errors import ConfigError, did_you_mean
 
 PLUGIN_SECTIONS = ("launcher", "sweeper")
@@ -91,6 +92,5 @@ def _check_key(override: Override, text: str, groups: set[str]) -> None:
         raise ConfigError(f"`{text}`: a key cannot be removed, only set to another value.")
     if (override.is_add() or override.is_force_add()) and not is_in_mapping(key):
         known = key in groups or annotations_at(key)
-        mend = f"write `{text.lstrip('+')}`." if known else did_you_mean(key, keys_beside(key) or groups)
+        mend = f"write `{text.lstrip('+')}`." if known else suggest_key(key, keys_beside(key) or groups)
         raise ConfigError(f"`{text}`: no key can be added; {mend}")
-

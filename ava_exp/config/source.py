@@ -13,7 +13,8 @@ from hydra.plugins.config_source import ConfigLoadError, ConfigResult, ConfigSou
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 
-from ava_exp.config.folders import SWEEP_GROUP, data_folder, group_folder
+from ava_exp.config import folders
+from ava_exp.config.folders import SWEEP_GROUP
 from ava_exp.config.overrides import PLUGIN_GROUPS, PLUGIN_SECTIONS, check_option_name, check_sweep_parameters
 from ava_exp.errors import ConfigError
 
@@ -37,7 +38,7 @@ class FolderSource(ConfigSource):
         return _SCHEME
 
     def available(self) -> bool:
-        return data_folder("conf").is_dir()
+        return folders.data_folder("conf").is_dir()
 
     def is_group(self, config_path: str) -> bool:
         return self._locate(config_path).is_dir()
@@ -69,7 +70,7 @@ class FolderSource(ConfigSource):
     def _locate(config_path: str) -> Path:
         check_option_name(config_path, config_path)
         group, _, rest = config_path.partition("/")
-        root = group_folder(SWEEP_GROUP) if group == SWEEP_GROUP else data_folder("conf")
+        root = folders.group_folder(SWEEP_GROUP) if group == SWEEP_GROUP else folders.data_folder("conf")
         path = root / (rest if group == SWEEP_GROUP else config_path)
         if not path.resolve().is_relative_to(root.resolve()):
             raise ConfigError(f"`{path}` leads out of `{root}` and is not read.")
@@ -88,7 +89,7 @@ def check_content(content: Any, package: str, path: Path) -> None:
         raise ConfigError(f"`{path}`: `_target_` is not accepted; components are chosen as options of their group.")
     if not isinstance(content, dict):
         return
-    is_start = path == data_folder("conf") / f"{CONFIG_NAME}.yaml"
+    is_start = path == folders.data_folder("conf") / f"{CONFIG_NAME}.yaml"
     for group, option in _defaults(content.get("defaults") or []):
         _check_default(group, option, path, may_set_hydra=is_start)
     settings = {key: value for key, value in content.items() if key != "defaults"}

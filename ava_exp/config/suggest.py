@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import typing
 from collections.abc import Iterable
 
 from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
@@ -79,14 +80,15 @@ def _key_error(error: OmegaConfBaseException, groups: Iterable[str]) -> str:
         return f"`{key}` must be given: add `{key}=…`, or choose an option that sets it."
     if isinstance(error, InterpolationResolutionError):
         return f"`{key}` cannot be resolved: {_first_line(error)}."
-    annotations = annotations_at(re.sub(r"\[\d+\]", "", key))
+    annotations = annotations_at(key.partition("[")[0])
     if isinstance(error, ValidationError) and annotations:
-        return must_be(key, in_words(annotations[0]), error.value)
+        items = typing.get_args(annotations[0])
+        return must_be(key, in_words(items[0] if "[" in key else annotations[0]), error.value)
     return f"`{key}`: {_first_line(error)}."
 
 
 def _unknown_key(key: str, error: OmegaConfBaseException, groups: Iterable[str]) -> str:
-    parent, dot, name = key.rpartition(".")
+    parent, dot, _ = key.rpartition(".")
     if error.object_type is dict:
         return f"`{key}` is new in a mapping: write `+{key}=…`."
     elsewhere = options_with(key) if dot else []
@@ -96,7 +98,20 @@ def _unknown_key(key: str, error: OmegaConfBaseException, groups: Iterable[str])
         return f"`{key}` does not exist: {_like_top_level(key, groups)}"
     chosen = error.object_type
     siblings = [f"{parent}.{field}" for field in field_types(chosen)] if dataclasses.is_dataclass(chosen) else []
-    return f"`{key}` does not exist: " + (did_you_mean(key, siblings) if siblings else f"`{parent}` has no keys here.")
+    return f"`{key}` does not exist: " + (suggest_key(key, siblings) if siblings else f"`{parent}` has no keys here.")
+
+
+def suggest_key(key: str, siblings: Iterable[str]) -> str:
+    """Return 'did you mean …?' with full keys, or all of them; only last parts are compared, since the rest is equal."""
+    by_last_part = {sibling.rpartition(".")[2]: sibling for sibling in siblings}
+    close = nearest(key.rpartition(".")[2], by_last_part)
+    if close:
+        return _did_you_mean(by_last_part[part] for part in close)
+    return "there is " + ", ".join(f"`{sibling}`" for sibling in by_last_part.values()) + "."
+
+
+def _did_you_mean(names: Iterable[str]) -> str:
+    return "did you mean " + " or ".join(f"`{name}`" for name in names) + "?"
 
 
 def _like_top_level(word: str, groups: Iterable[str]) -> str:
@@ -107,7 +122,7 @@ def _like_top_level(word: str, groups: Iterable[str]) -> str:
     exact = by_last_part.get(word, [])
     names = {*field_types(RunConfig), *groups}
     close = exact or nearest(word, names) or [key for part in nearest(word, by_last_part) for key in by_last_part[part]]
-    return did_you_mean(word, names) if not close else "did you mean " + " or ".join(f"`{c}`" for c in close) + "?"
+    return _did_you_mean(close) if close else did_you_mean(word, names)
 
 
 def _first_line(error: BaseException) -> str:

@@ -9,7 +9,7 @@ from ava_exp.config.data import OnBadRow
 from ava_exp.data.document import BadRow, Document, Quarantine
 from ava_exp.data.fingerprint import file_stamp
 from ava_exp.data.paths import TextFile, find_text_files
-from ava_exp.data.text import UnreadableText, checked, decode_line, read_lines, read_text
+from ava_exp.data.text import TextError, checked, decode_line, read_lines, read_text
 
 
 class FilesSource:
@@ -31,7 +31,8 @@ class FilesSource:
         return self._quarantine.rows
 
     def describe(self) -> str:
-        return "files " + ", ".join(self.paths)
+        more = f" and {len(self.paths) - 3} more" if len(self.paths) > 3 else ""
+        return f"files {', '.join(self.paths[:3])}{more}"
 
     def stamp(self) -> str:
         files = find_text_files(self.paths)
@@ -47,7 +48,7 @@ class FilesSource:
     def _whole(self, file: TextFile) -> Iterator[Document]:
         try:
             text = read_text(file.path)
-        except UnreadableText as error:
+        except TextError as error:
             self._quarantine.add(BadRow(str(file.path), None, str(error)))
             return
         yield Document(file.name, text)
@@ -60,7 +61,7 @@ class FilesSource:
             is_empty = False
             try:
                 text = _field(decode_line(raw, offset), self.text_field)
-            except UnreadableText as error:
+            except TextError as error:
                 self._quarantine.add(BadRow(str(file.path), number, str(error)))
                 continue
             yield Document(f"{file.name}:{number}", text)
@@ -69,18 +70,18 @@ class FilesSource:
 
 
 def _field(line: str, name: str) -> str:
-    """Return a field of a JSON object. Raises `UnreadableText` where it is not there or is no text."""
+    """Return a field of a JSON object. Raises `TextError` where it is not there or is no text."""
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise UnreadableText(f"not JSON: {error.msg} at column {error.colno}") from error
+        raise TextError(f"not JSON: {error.msg} at column {error.colno}") from error
     except (RecursionError, ValueError) as error:  # nested too deeply; a number of thousands of digits
-        raise UnreadableText(f"not JSON that can be read: {error}") from error
+        raise TextError(f"not JSON that can be read: {error}") from error
     if not isinstance(row, dict):
-        raise UnreadableText(f"a row must be a JSON object, but is of type {type(row).__name__}")
+        raise TextError(f"a row must be a JSON object, but is of type {type(row).__name__}")
     if name not in row:
-        raise UnreadableText(f"there is no field `{name}`; the row has {', '.join(map(repr, row)) or 'none'}")
+        raise TextError(f"there is no field `{name}`; the row has {', '.join(map(repr, row)) or 'none'}")
     text = row[name]
     if not isinstance(text, str):
-        raise UnreadableText(f"the field `{name}` must be a text, but is of type {type(text).__name__}")
+        raise TextError(f"the field `{name}` must be a text, but is of type {type(text).__name__}")
     return checked(text)

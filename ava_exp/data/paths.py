@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import glob
+import itertools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,37 +49,35 @@ def _expand(text: str) -> list[TextFile]:
         raise DataError(must_be("data.paths", "paths, without NUL characters", text))
     path = Path(os.path.expanduser(text))
     if path.is_dir():
-        return _text_files(path.resolve(), list(_walk(path.resolve())), text)
+        return _text_files(path, _walk(path), text)
     if path.is_file():
         if not is_text_file(path):
             raise DataError(f"{text} is not a text file that can be read: its name must end in {_listing()}.")
         return [TextFile(path.name, path)]
     if glob.has_magic(text):
-        return _expand_pattern(path, text)
+        return _text_files(_fixed_part(path), _matches(path), text)
     raise DataError(f"{text} does not exist{_similar(path)}")
 
 
-def _expand_pattern(pattern: Path, text: str) -> list[TextFile]:
-    root = _fixed_part(pattern)
-    candidates: list[Path] = []
-    for match in sorted(glob.glob(str(pattern), recursive=True)):
-        # Only the folder is resolved: the name of a link is its own.
-        path = Path(match).parent.resolve() / Path(match).name
-        candidates += [path] if not path.is_dir() else []
-    return _text_files(root, candidates, text)
-
-
 def _fixed_part(pattern: Path) -> Path:
-    parts = pattern.parts
-    first = next(index for index, part in enumerate(parts) if glob.has_magic(part))
-    return Path(*parts[:first]).resolve()
+    """Return the folder that a pattern begins with, up to its first wildcard."""
+    return Path(*itertools.takewhile(lambda part: not glob.has_magic(part), pattern.parts))
+
+
+def _matches(pattern: Path) -> Iterator[Path]:
+    """Yield what a pattern matches, and what is in the folders that it matches."""
+    for match in map(Path, glob.glob(str(pattern), recursive=True)):
+        if match.is_dir() and not match.is_symlink():
+            yield from _walk(match)
+        else:
+            yield match
 
 
 def _walk(root: Path) -> Iterator[Path]:
     """Yield files and linked folders under `root`, without hidden ones and without following links."""
     for folder, subfolders, names in os.walk(root, onerror=_refuse_unreadable):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for name in sorted(names) + [name for name in subfolders if Path(folder, name).is_symlink()]:
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        for name in names + [name for name in subfolders if Path(folder, name).is_symlink()]:
             if not name.startswith("."):
                 yield Path(folder, name)
 
@@ -87,19 +86,20 @@ def _refuse_unreadable(error: OSError) -> None:
     raise DataError(f"{error.filename} cannot be read: {error.strerror}.") from error
 
 
-def _text_files(root: Path, candidates: list[Path], text: str) -> list[TextFile]:
+def _text_files(root: Path, found: Iterable[Path], text: str) -> list[TextFile]:
+    candidates = sorted(set(found))
+    inside = root.resolve()
     for path in candidates:
-        if not path.resolve().is_relative_to(root):
+        if not path.resolve().is_relative_to(inside):
             raise DataError(
                 f"{path} leads out of {root}, to {path.resolve()}. Name that file or folder in `data.paths` itself."
             )
-    wanted = sorted(path for path in candidates if is_text_file(path) and path.is_file())
-    others = [path for path in candidates if path not in wanted]
+    wanted = [path for path in candidates if is_text_file(path) and path.is_file()]
     if not wanted:
         raise DataError(f"{text} holds no file whose name ends in {_listing()}.")
-    if others:
+    if others := sorted(set(candidates) - set(wanted)):
         logger.warning("%s: left out %d other files, such as %s.", text, len(others), others[0].name)
-    return [TextFile(f"{root.name}/{path.relative_to(root).as_posix()}", path) for path in wanted]
+    return [TextFile(f"{inside.name}/{path.relative_to(root).as_posix()}", path) for path in wanted]
 
 
 def _listing() -> str:

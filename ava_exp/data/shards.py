@@ -9,7 +9,6 @@ from __future__ import annotations
 import array
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -56,8 +55,7 @@ class Manifest:
     documents: FileRecord
 
     def save(self, folder: Path) -> None:
-        with _File(folder / MANIFEST) as file:
-            file.write(json.dumps(asdict(self), indent=2).encode())
+        (folder / MANIFEST).write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
@@ -67,16 +65,17 @@ class Manifest:
             version = raw["format_version"]
             if version != FORMAT_VERSION:
                 raise DataError(f"{folder} has token shards of format {version}; this version reads {FORMAT_VERSION}.")
-            shards = [FileRecord(**record) for record in raw.pop("shards")]
-            return cls(**raw | {"shards": shards, "documents": FileRecord(**raw["documents"])})
+            shards = [FileRecord(**record) for record in raw["shards"]]
+            manifest = cls(**raw | {"shards": shards, "documents": FileRecord(**raw["documents"])})
         except OSError as error:
             raise DataError(f"{folder} has no token shards: {MANIFEST} cannot be read: {error.strerror}.") from error
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
             raise DataError(f"{folder / MANIFEST} is damaged: {error!r}.") from error
+        return manifest
 
 
 class _File:
-    """A file being written: hashed on the way, on the disk when closed."""
+    """A file that is hashed while it is written."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -90,16 +89,8 @@ class _File:
         self.num_bytes += len(raw)
 
     def close(self) -> FileRecord:
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
         self._stream.close()
         return FileRecord(name=self.path.name, num_bytes=self.num_bytes, sha256=self._hash.hexdigest())
-
-    def __enter__(self) -> _File:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 class ShardWriter:
@@ -121,7 +112,7 @@ class ShardWriter:
         self._file: _File | None = None
 
     def add(self, tokens: npt.NDArray[np.uint32]) -> None:
-        """Append one document's tokens and the end of the document. Raises `DataError` for ids beyond the vocabulary."""
+        """Append a document's tokens and its end. Raises `DataError` for ids beyond the vocabulary."""
         document = np.append(tokens, np.uint32(self.end_of_document_id))
         self._max_token_id = max(self._max_token_id, int(document.max()))
         if self._max_token_id >= self.vocab_size:
@@ -134,8 +125,8 @@ class ShardWriter:
         """Close the files and write the manifest."""
         self._close_shard()
         self._starts.append(self._num_tokens)
-        with_borders = _File(self.folder / DOCUMENTS)
-        with_borders.write(np.frombuffer(self._starts, dtype=np.int64).astype("<i8").tobytes())
+        borders = _File(self.folder / DOCUMENTS)
+        borders.write(np.frombuffer(self._starts, dtype=np.int64).astype("<i8").tobytes())
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             split=split,
@@ -148,7 +139,7 @@ class ShardWriter:
             source_fingerprint=source_fingerprint,
             tokenizer_fingerprint=tokenizer_fingerprint,
             shards=self._shards,
-            documents=with_borders.close(),
+            documents=borders.close(),
         )
         manifest.save(self.folder)
         return manifest
@@ -189,20 +180,18 @@ class TokenDataset:
         `VERIFIED_BYTES`. Raises `DataError` naming the file that is missing, truncated or damaged.
         """
         manifest = Manifest.load(folder)
-        _check_names(folder, manifest)
+        _check_manifest(folder, manifest)
         records = [*manifest.shards, manifest.documents]
         for record in records:
             _check_size(folder, record)
-        if manifest.max_token_id >= manifest.vocab_size:
-            raise DataError(_beyond_vocabulary(str(folder), manifest.max_token_id, manifest.vocab_size))
         dtype = np.dtype(manifest.dtype).newbyteorder("<")
-        shards = [np.memmap(folder / record.name, dtype=dtype, mode="r") for record in manifest.shards]
-        starts = np.memmap(folder / DOCUMENTS, dtype="<i8", mode="r")
+        shards = [_mapped(folder / record.name, dtype) for record in manifest.shards]
+        starts = _mapped(folder / DOCUMENTS, np.dtype("<i8"))
         if verify is None:
             verify = sum(record.num_bytes for record in records) <= VERIFIED_BYTES
         if verify:
             _verify(folder, manifest, shards, starts)
-        return cls(folder, manifest, list(shards), starts)
+        return cls(folder, manifest, shards, starts)
 
     @property
     def num_tokens(self) -> int:
@@ -217,8 +206,8 @@ class TokenDataset:
         return self.manifest.vocab_size
 
     def tokens(self, start: int, stop: int) -> npt.NDArray[Any]:
-        """Return tokens `start` to `stop` (excluded), shape (stop - start,), in the dtype they are stored in."""
-        assert 0 <= start <= stop <= self.num_tokens, f"{start}:{stop} is outside {self.num_tokens} tokens"
+        """Return at least one token, `start` to `stop` (excluded), in the dtype they are stored in."""
+        assert 0 <= start < stop <= self.num_tokens, f"{start}:{stop} is outside {self.num_tokens} tokens"
         first = int(np.searchsorted(self._shard_ends, start, side="right"))
         pieces = []
         for shard, end in zip(self._shards[first:], self._shard_ends[first:], strict=True):
@@ -238,12 +227,21 @@ def _shard_name(index: int) -> str:
     return f"tokens_{index:05d}.bin"
 
 
-def _check_names(folder: Path, manifest: Manifest) -> None:
-    """Refuse names that this module does not write: a manifest from elsewhere must not lead to other files."""
+def _mapped(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))  # as a plain array: slices of memmaps are slower
+
+
+def _check_manifest(folder: Path, manifest: Manifest) -> None:
+    """Refuse what this module does not write: a manifest from elsewhere must not lead to other files."""
+    names = [record.name for record in manifest.shards] + [manifest.documents.name]
     expected = [_shard_name(index) for index in range(len(manifest.shards))] + [DOCUMENTS]
-    actual = [record.name for record in manifest.shards] + [manifest.documents.name]
-    if actual != expected or not manifest.shards or manifest.dtype not in ("uint16", "uint32"):
-        raise DataError(f"{folder / MANIFEST} is damaged: it names {actual} of dtype {manifest.dtype}.")
+    if names != expected or not manifest.shards or manifest.dtype not in ("uint16", "uint32"):
+        raise DataError(f"{folder / MANIFEST} is damaged: it names {names} of dtype {manifest.dtype}.")
+    sizes = (sum(record.num_bytes for record in manifest.shards), manifest.documents.num_bytes)
+    if sizes != (manifest.num_tokens * np.dtype(manifest.dtype).itemsize, (manifest.num_documents + 1) * 8):
+        raise DataError(f"{folder / MANIFEST} is damaged: its sizes and counts contradict each other.")
+    if manifest.max_token_id >= manifest.vocab_size:
+        raise DataError(_beyond_vocabulary(str(folder), manifest.max_token_id, manifest.vocab_size))
 
 
 def _check_size(folder: Path, record: FileRecord) -> None:
@@ -254,19 +252,15 @@ def _check_size(folder: Path, record: FileRecord) -> None:
         raise DataError(f"{path} has {size:,} bytes instead of {record.num_bytes:,}. Prepare the data again.")
 
 
-def _verify(
-    folder: Path, manifest: Manifest, shards: list[np.memmap[Any, Any]], starts: npt.NDArray[np.int64]
-) -> None:
+def _verify(folder: Path, manifest: Manifest, shards: list[npt.NDArray[Any]], starts: npt.NDArray[np.int64]) -> None:
     for record, content in zip([*manifest.shards, manifest.documents], [*shards, starts], strict=True):
-        if hashlib.sha256(np.ascontiguousarray(content).data).hexdigest() != record.sha256:
+        if hashlib.sha256(content.data).hexdigest() != record.sha256:
             raise DataError(f"{folder / record.name} is damaged: its checksum differs. Prepare the data again.")
     largest = max(int(shard.max()) for shard in shards)
     if largest >= manifest.vocab_size:
         raise DataError(_beyond_vocabulary(str(folder), largest, manifest.vocab_size))
-    num_tokens = sum(len(shard) for shard in shards)
-    is_whole = len(starts) == manifest.num_documents + 1 and starts[0] == 0 and starts[-1] == num_tokens
-    if not is_whole or manifest.num_tokens != num_tokens or bool((np.diff(starts) <= 0).any()):
-        raise DataError(f"{folder / MANIFEST} and {DOCUMENTS} do not fit the {num_tokens:,} tokens of the shards.")
+    if starts[0] != 0 or starts[-1] != manifest.num_tokens or bool((np.diff(starts) <= 0).any()):
+        raise DataError(f"{folder / DOCUMENTS} is damaged: documents do not follow each other to the last token.")
 
 
 def _beyond_vocabulary(place: str, token_id: int, vocab_size: int) -> str:

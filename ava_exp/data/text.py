@@ -28,14 +28,14 @@ _WIDE_MARKS = (
 )
 
 
-class UnreadableText(ValueError):
+class TextError(ValueError):
     """What should be text is none; the message is the reason."""
 
 
 def read_text(path: Path) -> str:
     """Return the text of a file in UTF-8, or in UTF-16 or UTF-32 with a byte order mark.
 
-    Raises `UnreadableText` for bytes that are not text, and `DataError` for a file that is too large or damaged.
+    Raises `TextError` for bytes that are not text, and `DataError` for a file that is too large or damaged.
     """
     with _opened(path) as stream:
         return checked(_decoded(_whole(stream, path)))
@@ -53,20 +53,20 @@ def read_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
 
 
 def decode_line(raw: bytes, offset: int) -> str:
-    """Return the text of one UTF-8 line that begins at byte `offset`. Raises `UnreadableText`."""
+    """Return the text of one UTF-8 line that begins at byte `offset`. Raises `TextError`."""
     return checked(_decoded_utf8(raw, offset))
 
 
 def checked(text: str) -> str:
-    """Return the text. Raises `UnreadableText` if it is blank or holds what no text has."""
+    """Return the text. Raises `TextError` if it is blank or holds what no text has."""
     if not text.strip():
-        raise UnreadableText("there is no text in it")
+        raise TextError("there is no text in it")
     if (position := text.find("\0")) >= 0:
-        raise UnreadableText(f"character {position} is NUL: not a text, or UTF-16 without a byte order mark")
+        raise TextError(f"character {position} is NUL: not a text, or UTF-16 without a byte order mark")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UnreadableText(f"character {error.start} is half of a surrogate pair") from error
+        raise TextError(f"character {error.start} is half of a surrogate pair") from error
     return text
 
 
@@ -76,10 +76,12 @@ def is_compressed(path: Path) -> bool:
 
 def _whole(stream: BufferedIOBase, path: Path) -> bytes:
     limit = min(MAX_DOCUMENT_BYTES, _expansion_limit(path))
-    raw = stream.read(limit + 1)
-    if len(raw) > limit:
-        raise _too_large(path, "it", limit)
-    return raw
+    raw = bytearray()
+    while piece := stream.read(2**20):  # asking for the limit at once would allocate it
+        raw += piece
+        if len(raw) > limit:
+            raise _too_large(path, "it", limit)
+    return bytes(raw)
 
 
 def _utf8_lines(stream: BufferedIOBase, path: Path) -> Iterator[tuple[int, int, bytes]]:
@@ -97,7 +99,7 @@ def _utf8_lines(stream: BufferedIOBase, path: Path) -> Iterator[tuple[int, int, 
 def _wide_lines(stream: BufferedIOBase, path: Path) -> Iterator[tuple[int, int, bytes]]:
     try:
         text = _decoded(_whole(stream, path))
-    except UnreadableText as error:
+    except TextError as error:
         raise DataError(f"{path}: {error}.") from error
     for number, line in enumerate(text.split("\n"), start=1):
         yield number, 0, line.encode()
@@ -110,7 +112,7 @@ def _decoded(raw: bytes) -> str:
     try:
         return raw.decode(encoding)
     except UnicodeDecodeError as error:
-        raise UnreadableText(f"byte {error.start} is not {encoding.upper()}, as its mark says") from error
+        raise TextError(f"byte {error.start} is not {encoding.upper()}, as its mark says") from error
 
 
 def _decoded_utf8(raw: bytes, offset: int) -> str:
@@ -119,7 +121,7 @@ def _decoded_utf8(raw: bytes, offset: int) -> str:
         return raw[mark:].decode()
     except UnicodeDecodeError as error:
         place, byte = offset + mark + error.start, error.object[error.start]
-        raise UnreadableText(f"byte {place} (0x{byte:02x}) is not UTF-8; convert the file to UTF-8") from error
+        raise TextError(f"byte {place} (0x{byte:02x}) is not UTF-8; convert the file to UTF-8") from error
 
 
 def _wide_encoding(head: bytes) -> str:

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from ava_exp.data.loader import Batch
-from ava_exp.losses.terms import IGNORED
+from ava_exp.data.loader import IGNORED, Batch
+from ava_exp.losses.cross_entropy import cross_entropy
 from ava_exp.models.decoder import Decoder
 
 
@@ -44,7 +43,7 @@ def evaluate_language(
     for batch in batches:
         labels = batch.labels.to(device).flatten()
         logits = model(batch.input_ids.to(device)).logits.flatten(0, 1)
-        nats += F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum").item()
+        nats += cross_entropy(logits, labels).item()
         valid = labels != IGNORED
         correct += int((logits.argmax(dim=-1)[valid] == labels[valid]).sum())
         tokens += int(valid.sum())

@@ -6,14 +6,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ava_exp.config.model import MoEConfig, SparsityConfig
+from ava_exp.data.loader import IGNORED
+from ava_exp.losses.cross_entropy import cross_entropy
 from ava_exp.nn.output import ModelOutput
-
-IGNORED = -100
-"""Label of a position that is not to be predicted."""
 
 
 class LossTerm(Protocol):
@@ -37,8 +35,7 @@ class CrossEntropy:
     weight: float = 1.0
 
     def __call__(self, output: ModelOutput, labels_BT: Tensor, num_tokens: int) -> Tensor:
-        logits = output.logits.flatten(0, 1).float()
-        return F.cross_entropy(logits, labels_BT.flatten(), ignore_index=IGNORED, reduction="sum") / num_tokens
+        return cross_entropy(output.logits.flatten(0, 1), labels_BT.flatten(), num_tokens)
 
 
 @dataclass(slots=True)

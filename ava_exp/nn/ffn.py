@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -17,8 +20,29 @@ def activate(h: Tensor, activation: Activation) -> Tensor:
     """Apply GELU, or SwiGLU [shazeer2020glu] to the concatenated gate and value: (…, 2F) → (…, F)."""
     if activation is Activation.gelu:
         return F.gelu(h)
-    gate, value = h.chunk(2, dim=-1)
-    return F.silu(gate) * value
+    y: Tensor = _SwiGLU.apply(h)
+    return y
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) · value. Its backward writes both gradients into one buffer and keeps the input only,
+    where autograd would keep three tensors and join the halves by a copy."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        ctx.save_for_backward(h)
+        gate, value = h.chunk(2, dim=-1)
+        return F.silu(gate).mul_(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        (h,) = ctx.saved_tensors
+        gate, value = h.chunk(2, dim=-1)
+        grad_h = torch.empty_like(h)
+        grad_gate, grad_value = grad_h.chunk(2, dim=-1)
+        torch.mul(grad, F.silu(gate), out=grad_value)
+        torch.ops.aten.silu_backward(grad * value, gate, grad_input=grad_gate)
+        return grad_h
 
 
 class FeedForward(nn.Module):

@@ -40,7 +40,10 @@ class LossScale:
 
 
 class Updater:
-    """Owns the optimizer, its master weights and the loss scale of one model."""
+    """Owns the optimizer, its master weights and the loss scale of one model.
+
+    `wide_states` computes updates and keeps optimizer states in fp32 for 16-bit weights, whose rounding is not remembered.
+    """
 
     def __init__(
         self,
@@ -49,13 +52,15 @@ class Updater:
         *,
         weight_decay: float,
         master_weights: bool,
+        wide_states: bool = False,
         loss_scale: LossScale | None = None,
     ) -> None:
         self.loss_scale = loss_scale or LossScale()
         self.model_parameters = dict(model.named_parameters())
-        self.master_weights = master_weights
+        self.wide = master_weights or wide_states
+        self.forget_masters = wide_states and not master_weights
         self.weights: dict[str, Tensor] = dict(self.model_parameters)
-        if master_weights:
+        if self.wide:
             self.weights = {name: nn.Parameter(p.detach().float()) for name, p in self.model_parameters.items()}
         groups = parameter_groups(model, weight_decay)
         self.group_names: list[list[str]] = [group.pop("names") for group in groups]
@@ -67,7 +72,7 @@ class Updater:
     @torch.no_grad()
     def collect_gradients(self) -> None:
         """After a backward pass: add 16-bit gradients to the masters' fp32 ones and free them."""
-        if not self.master_weights:
+        if not self.wide:
             return
         for name, parameter in self.model_parameters.items():
             if parameter.grad is None:
@@ -102,9 +107,13 @@ class Updater:
 
     @torch.no_grad()
     def round_masters(self) -> None:
-        """Copy the masters into the model's 16-bit weights."""
-        if self.master_weights:
-            torch._foreach_copy_(list(self.model_parameters.values()), list(self.weights.values()))
+        """Copy the masters into the model's 16-bit weights; without `master_weights` they take the rounding over."""
+        if not self.wide:
+            return
+        rounded, masters = list(self.model_parameters.values()), list(self.weights.values())
+        torch._foreach_copy_(rounded, masters)
+        if self.forget_masters:
+            torch._foreach_copy_(masters, rounded)
 
     def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the optimizer's tensors by 'weight name/state name', and its numbers for JSON."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterable
 
+import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
-from tokenizers import Tokenizer as Backend
 
 from ava_exp.errors import ConfigError, must_be
 from ava_exp.tokenizer.tokenizer import Tokenizer
@@ -48,8 +49,6 @@ class BPETrainer:
     The same text gives the same tokenizer. A merge must occur `min_frequency` times, so a small text may give fewer.
     """
 
-    learns_from_text = True
-
     def __init__(self, vocab_size: int, min_frequency: int) -> None:
         if vocab_size < MIN_VOCAB_SIZE:
             expected = f"at least {MIN_VOCAB_SIZE} ({len(SPECIAL_TOKENS)} special tokens and 256 bytes)"
@@ -57,9 +56,13 @@ class BPETrainer:
         self.vocab_size = vocab_size
         self.min_frequency = min_frequency
 
+    def recipe(self) -> str:
+        """Return the settings, and the library's version: another one may break ties otherwise."""
+        return json.dumps([self.vocab_size, self.min_frequency, SPECIAL_TOKENS, PATTERN, tokenizers.__version__])
+
     def make(self, texts: Iterable[str]) -> Tokenizer:
         """Train on `texts`, which are read once."""
-        backend = Backend(models.BPE())
+        backend = tokenizers.Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),

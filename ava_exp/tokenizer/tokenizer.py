@@ -27,11 +27,11 @@ _BYTE_ALPHABET = frozenset(pre_tokenizers.ByteLevel.alphabet())
 class TokenizerMaker(Protocol):
     """Gives a tokenizer: trains one on text, or reads one."""
 
-    learns_from_text: bool
-    """Whether the result depends on the text that `make` is given, and so is worth keeping beside it."""
+    def recipe(self) -> str | None:
+        """Return everything beside the text that decides the result; None where the text decides nothing."""
 
     def make(self, texts: Iterable[str]) -> Tokenizer:
-        """Return the tokenizer. Raises `DataError` or `ConfigError` where there is none."""
+        """Return the tokenizer. Raises `DataError` if there is none."""
 
 
 class Tokenizer:

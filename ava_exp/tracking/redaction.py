@@ -13,11 +13,12 @@ _TOKEN = r"(?<![a-z])" + "".join(f"(?<!{piece}_)" for piece in _PIECES) + "token
 """A token is a secret, except where it is a piece of text: `eos_token`, `bytes_per_token`, `tokens`."""
 
 _SECRET_KEY = re.compile(rf".*?(?:{_WORD}|{_TOKEN})", re.IGNORECASE)
-_VALUE = r"(?P<value>(?!\[redacted\])(?:\"[^\"]*\"|'[^']*'|[^\s,;&\"']+))"
+_VALUE = r"(?P<value>(?!\[redacted\]|null\b|None\b)(?:\"[^\"]*\"|'[^']*'|[^\s,;&\"']+))"
 _ASSIGNMENT = re.compile(
-    rf"(?P<key>(?:{_WORD}[\"']?\s*[=:]|{_TOKEN}(?:\s*=|[\"']\s*:)|(?<=_)token\s*:)\s*){_VALUE}", re.IGNORECASE
+    rf"(?P<key>(?:{_WORD}[\"']?\s*[=:]|{_TOKEN}(?:\s*=|[\"']\s*:)|(?<=_)token\s*:|^[ \t-]*token\s*:)[ \t]*){_VALUE}",
+    re.IGNORECASE | re.MULTILINE,
 )
-_URL = re.compile(r"(\b[a-z][a-z0-9+.-]*://[^\s:/@]*):[^\s/@]+@", re.IGNORECASE)
+_URL = re.compile(r"(\b[a-z][a-z0-9+.-]*://[^\s:/@]*):[^\s/]+@", re.IGNORECASE)
 _HEADER = re.compile(r"\b(bearer|basic)\s+[\w.~+/=-]{8,}", re.IGNORECASE)
 _KNOWN_SHAPE = re.compile(r"\b(hf_|sk-|gh[pousr]_|github_pat_|glpat-|xox[abp]-)[\w-]{16,}")
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ava_exp.data.loader import Batch
-from ava_exp.losses.terms import IGNORED, LossTerm
+from ava_exp.data.loader import IGNORED, Batch
+from ava_exp.losses.terms import LossTerm
 from ava_exp.models.decoder import Decoder
 from ava_exp.optim.update import Updater
 

@@ -1,0 +1,234 @@
+"""The rules that the values of a run must keep among themselves. A bound on one value is a line of `BOUNDS`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ava_exp.config.data import BPEConfig
+from ava_exp.config.faults import Fault, Rule, Severity, error
+from ava_exp.config.model import MoEConfig, TopKRouterConfig
+from ava_exp.config.run import RunConfig
+from ava_exp.config.training import AdamWConfig, WSDConfig
+
+SPECIAL_TOKENS = 8
+"""Tokens that a trained tokenizer reserves for documents and roles."""
+MIN_VOCABULARY = 256 + SPECIAL_TOKENS
+CHINCHILLA_RANGE = (5, 50)
+NAME_PATTERN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+"""A run's name is the name of its folder."""
+NAME_EXPECTED = "letters, digits, `.`, `_` and `-`, not starting with `.`"
+
+
+def value_at(config: Any, key: str) -> Any:
+    """Return the value at a dotted key; None where it is null or the chosen option has no such key."""
+    for part in key.split("."):
+        config = getattr(config, part, None)
+    return config
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """A condition that the values at `keys` must meet; keys that are null or absent are left out."""
+
+    expected: str
+    holds: Callable[[Any], bool]
+    keys: tuple[str, ...]
+
+
+BOUNDS = (
+    Bound(
+        "at least 1",
+        lambda value: value >= 1,
+        (
+            "model.vocab_size",
+            "model.hidden_size",
+            "model.num_layers",
+            "model.num_heads",
+            "model.num_kv_heads",
+            "model.head_dim",
+            "model.intermediate_size",
+            "model.max_position_embeddings",
+            "sparsity.num_experts",
+            "sparsity.intermediate_size",
+            "data.sequence_length",
+            "tokenizer.min_frequency",
+            "schedule.num_cycles",
+            "hardware.batch_size",
+            "hardware.num_threads",
+            "precision.scale_window",
+            "budget.steps",
+            "budget.tokens",
+            "training.batch_size",
+            "training.gradient_accumulation_steps",
+            "training.max_skipped_steps",
+            "training.log_interval",
+            "evaluation.interval_steps",
+            "evaluation.max_tokens",
+            "checkpoint.save_every_n_batches",
+            "stage.max_new_tokens",
+            "stage.max_tokens",
+        ),
+    ),
+    Bound(
+        "above 0",
+        lambda value: value > 0,
+        (
+            "model.norm_epsilon",
+            "model.rope_theta",
+            "model.initializer_range",
+            "sparsity.router.routing_temperature",
+            "optimizer.learning_rate",
+            "optimizer.epsilon",
+            "precision.init_scale",
+            "precision.min_scale",
+            "budget.epochs",
+            "budget.seconds",
+            "budget.default_seconds",
+            "budget.chinchilla_multiplier",
+            "training.gradient_clip_val",
+        ),
+    ),
+    Bound(
+        "0 or more",
+        lambda value: value >= 0,
+        (
+            "seed",
+            "sparsity.load_balancing_weight",
+            "sparsity.router_z_loss_weight",
+            "optimizer.weight_decay",
+            "schedule.warmup_steps",
+            "schedule.warmup_tokens",
+            "data.max_bad_rows",
+            "evaluation.sample_tokens",
+            "checkpoint.save_total_limit",
+            "stage.temperature",
+            "stage.top_k",
+        ),
+    ),
+    Bound(
+        "at least 0 and below 1",
+        lambda value: 0 <= value < 1,
+        ("model.dropout", "attention.attention_dropout", "sparsity.router.jitter", "schedule.warmup_ratio"),
+    ),
+    Bound("between 0 and 1", lambda value: 0 <= value <= 1, ("schedule.min_lr_ratio", "schedule.decay_ratio")),
+    Bound("above 0 and below 1", lambda value: 0 < value < 1, ("data.validation_fraction",)),
+    Bound("above 0 and at most 1", lambda value: 0 < value <= 1, ("stage.top_p",)),
+    Bound("above 1", lambda value: value > 1, ("precision.scale_factor",)),
+)
+
+
+def _bounds(config: RunConfig) -> Iterator[Fault]:
+    for bound in BOUNDS:
+        for key in bound.keys:
+            value = value_at(config, key)
+            if value is not None and not bound.holds(value):
+                yield error(key, bound.expected, value)
+
+
+def _numbers_are_finite(config: RunConfig) -> Iterator[Fault]:
+    for key, value in _floats(config, ""):
+        if not math.isfinite(value):
+            yield error(key, "a finite number", value)
+
+
+def _floats(value: Any, key: str) -> Iterator[tuple[str, float]]:
+    if isinstance(value, float):
+        yield key, value
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _floats(item, f"{key}[{index}]")
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from _floats(getattr(value, field.name), f"{key}.{field.name}".lstrip("."))
+
+
+def _name_is_a_file_name(config: RunConfig) -> Iterator[Fault]:
+    if not NAME_PATTERN.fullmatch(config.name):
+        yield error("name", NAME_EXPECTED, config.name)
+
+
+def _heads_divide(config: RunConfig) -> Iterator[Fault]:
+    model = config.model
+    if model.num_heads < 1 or model.head_dim is None or model.num_kv_heads is None:
+        return
+    if model.hidden_size % model.num_heads and model.head_dim == model.hidden_size // model.num_heads:
+        expected = f"a divisor of `model.hidden_size` ({model.hidden_size})"
+        yield error("model.num_heads", expected, model.num_heads, "Or give `model.head_dim`.")
+    if model.num_kv_heads > 0 and model.num_heads % model.num_kv_heads:
+        yield error("model.num_kv_heads", f"a divisor of `model.num_heads` ({model.num_heads})", model.num_kv_heads)
+    if model.head_dim % 2:
+        yield error("model.head_dim", "even, since rotary positions turn pairs of values", model.head_dim)
+
+
+def _top_k_is_at_most_experts(config: RunConfig) -> Iterator[Fault]:
+    sparsity = config.sparsity
+    if not isinstance(sparsity, MoEConfig) or not isinstance(sparsity.router, TopKRouterConfig):
+        return
+    if not 1 <= sparsity.router.moe_top_k <= sparsity.num_experts:
+        expected = f"1 to `sparsity.num_experts` ({sparsity.num_experts})"
+        yield error("sparsity.router.moe_top_k", expected, sparsity.router.moe_top_k)
+
+
+def _sequence_fits_positions(config: RunConfig) -> Iterator[Fault]:
+    limit = config.model.max_position_embeddings
+    if config.data.sequence_length > limit:
+        expected = f"at most `model.max_position_embeddings` ({limit})"
+        yield error("data.sequence_length", expected, config.data.sequence_length)
+
+
+def _vocabulary_holds_the_tokens(config: RunConfig) -> Iterator[Fault]:
+    if not isinstance(config.tokenizer, BPEConfig):
+        return
+    size = config.tokenizer.vocab_size
+    if size < MIN_VOCABULARY:
+        expected = f"at least {MIN_VOCABULARY}: 256 bytes and {SPECIAL_TOKENS} special tokens"
+        yield error("tokenizer.vocab_size", expected, size, "It follows `model.vocab_size`.")
+    if size > config.model.vocab_size:
+        yield error("tokenizer.vocab_size", f"at most `model.vocab_size` ({config.model.vocab_size})", size)
+
+
+def _betas_are_two_ratios(config: RunConfig) -> Iterator[Fault]:
+    if not isinstance(config.optimizer, AdamWConfig):
+        return
+    betas = config.optimizer.betas
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        yield error("optimizer.betas", "two numbers, each at least 0 and below 1", betas)
+
+
+def _schedule_fits(config: RunConfig) -> Iterator[Fault]:
+    schedule, steps = config.schedule, config.budget.steps
+    if schedule.warmup_steps is not None and schedule.warmup_tokens is not None:
+        message = "`schedule.warmup_steps` and `schedule.warmup_tokens` are both given."
+        yield Fault(Severity.warning, "schedule.warmup_tokens", message, "The steps are taken.")
+    if steps is not None and schedule.warmup_steps is not None and schedule.warmup_steps >= steps:
+        message = f"Warm-up takes {schedule.warmup_steps} steps, but the budget is {steps}: the peak is never reached."
+        yield Fault(Severity.warning, "schedule.warmup_steps", message, "Raise `budget.steps` or warm up for less.")
+    if isinstance(schedule, WSDConfig) and schedule.warmup_ratio + schedule.decay_ratio > 1:
+        expected = f"at most 1 - `schedule.warmup_ratio` ({schedule.warmup_ratio})"
+        yield error("schedule.decay_ratio", expected, schedule.decay_ratio)
+
+
+def _budget_is_usual(config: RunConfig) -> Iterator[Fault]:
+    multiplier, (low, high) = config.budget.chinchilla_multiplier, CHINCHILLA_RANGE
+    if multiplier is not None and not low <= multiplier <= high:
+        message = f"`budget.chinchilla_multiplier` is {multiplier}; {low} to {high} tokens per parameter are usual."
+        yield Fault(Severity.warning, "budget.chinchilla_multiplier", message)
+
+
+RULES: tuple[Rule, ...] = (
+    _bounds,
+    _numbers_are_finite,
+    _name_is_a_file_name,
+    _heads_divide,
+    _top_k_is_at_most_experts,
+    _sequence_fits_positions,
+    _vocabulary_holds_the_tokens,
+    _betas_are_two_ratios,
+    _schedule_fits,
+    _budget_is_usual,
+)

@@ -1,0 +1,189 @@
+"""Builds the parts of a run from its configuration and the runtime."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from ava_exp.config.machine import Precision
+from ava_exp.config.run import RunConfig
+from ava_exp.data.loader import BatchLoader, EvaluationLoader
+from ava_exp.data.prepare import PreparedData, prepare_data
+from ava_exp.errors import ConfigError, must_be
+from ava_exp.evaluation.language import LanguageMetrics, evaluate_language
+from ava_exp.losses.terms import build_losses
+from ava_exp.models.arithmetic import count_parameters, training_flops_per_token
+from ava_exp.models.decoder import Decoder, build_model
+from ava_exp.optim.schedules import Schedule
+from ava_exp.optim.update import LossScale, Updater
+from ava_exp.runtime import DTYPES, Runtime
+from ava_exp.training.loop import Record, Trainer
+from ava_exp.training.state import TrainState
+
+NUMERIC_PACKAGES = ("data", "losses", "models", "nn", "optim", "tokenizer", "training")
+"""Packages whose code decides a run's numbers."""
+
+
+def prepare(config: RunConfig, tell: Callable[[str], None]) -> PreparedData:
+    """Prepare data and tokenizer. Raises ConfigError when the tokenizer has more tokens than the model has rows."""
+    data = prepare_data(config.data, config.tokenizer, Path(config.cache_dir), tell)
+    if data.tokenizer.vocab_size > config.model.vocab_size:
+        expected = f"at least the tokenizer's {data.tokenizer.vocab_size}"
+        raise ConfigError(must_be("model.vocab_size", expected, config.model.vocab_size))
+    return data
+
+
+def build_decoder(config: RunConfig, runtime: Runtime, precision: Precision | None = None) -> Decoder:
+    """Build the model on the run's device, in the format that `precision` (or the run's own) computes in."""
+    return build_model(
+        config.model,
+        config.attention,
+        config.sparsity,
+        seed=config.seed,
+        device=runtime.device,
+        dtype=DTYPES[precision or runtime.precision],
+    )
+
+
+def build_updater(config: RunConfig, runtime: Runtime, model: Decoder) -> Updater:
+    """Build optimizer, master weights and loss scale."""
+    fp16 = runtime.dtype is torch.float16
+    settings = config.precision
+    scale = LossScale(
+        scale=settings.init_scale if fp16 else 1.0,
+        scale_factor=settings.scale_factor,
+        scale_window=settings.scale_window,
+        min_scale=settings.min_scale,
+        dynamic=fp16,
+    )
+    return Updater(
+        model,
+        lambda groups: config.optimizer.build(groups=groups),
+        weight_decay=config.optimizer.weight_decay,
+        master_weights=runtime.mixed,
+        # Squared fp16 gradients vanish below 6e-8: fp16 without masters still keeps its Adam moments in fp32.
+        wide_states=runtime.precision is Precision.fp16,
+        loss_scale=scale,
+    )
+
+
+def build_loader(config: RunConfig, runtime: Runtime, data: PreparedData) -> BatchLoader:
+    """Build the training loader."""
+    return BatchLoader(
+        data.train,
+        sequence_length=config.data.sequence_length,
+        batch_size=runtime.resolution.batch_size,
+        gradient_accumulation_steps=config.training.gradient_accumulation_steps,
+        seed=config.seed,
+    )
+
+
+def tokens_per_step(config: RunConfig, batch_size: int) -> int:
+    """Return the training tokens of one optimizer step."""
+    return batch_size * config.training.gradient_accumulation_steps * config.data.sequence_length
+
+
+def build_schedule(config: RunConfig, runtime: Runtime, total_steps: int) -> Schedule:
+    """Build the learning-rate schedule for a budget in steps."""
+    schedule: Schedule = config.schedule.build(
+        total_steps=total_steps, tokens_per_step=tokens_per_step(config, runtime.resolution.batch_size)
+    )
+    return schedule
+
+
+def build_evaluation(
+    config: RunConfig, runtime: Runtime, data: PreparedData, model: Decoder, updater: Updater | None
+) -> Callable[[bool], LanguageMetrics]:
+    """Return the function that measures `model`: on part of the validation split, or on all of it at the end."""
+
+    def evaluate(final: bool) -> LanguageMetrics:
+        batches = EvaluationLoader(
+            data.validation,
+            sequence_length=config.data.sequence_length,
+            batch_size=runtime.resolution.batch_size,
+            max_tokens=None if final else config.evaluation.max_tokens,
+        )
+        measured = inference_copy(config, runtime, model, updater)
+        return evaluate_language(measured, batches, data.tokenizer.token_bytes(), runtime.device)
+
+    return evaluate
+
+
+def inference_copy(config: RunConfig, runtime: Runtime, model: Decoder, updater: Updater | None) -> Decoder:
+    """Return the model in the inference precision: itself when that is the training precision, else a copy."""
+    inference = config.precision.inference
+    if inference in (None, Precision.auto, runtime.precision):
+        return model
+    duplicate = copy.deepcopy(model).to(DTYPES[inference])
+    weights = updater.weights if updater is not None else {}
+    with torch.no_grad():
+        for name, parameter in duplicate.named_parameters():
+            if name in weights:
+                parameter.copy_(weights[name])
+    return duplicate
+
+
+def build_trainer(
+    config: RunConfig,
+    runtime: Runtime,
+    data: PreparedData,
+    total_steps: int,
+    *,
+    model: Decoder,
+    updater: Updater,
+    state: TrainState | None = None,
+    save: Callable[[TrainState], None] | None = None,
+    sinks: Sequence[Callable[[Record], None]] = (),
+) -> Trainer:
+    """Put the parts of a run together."""
+    interval = max(1, total_steps // 10)
+    peak = runtime.resolution.peak_tflops
+    return Trainer(
+        model,
+        build_loader(config, runtime, data),
+        updater,
+        build_schedule(config, runtime, total_steps),
+        build_losses(config.sparsity),
+        total_steps,
+        state=state,
+        gradient_clip_val=config.training.gradient_clip_val,
+        max_skipped_steps=config.training.max_skipped_steps,
+        log_interval=config.training.log_interval,
+        evaluation_interval=config.evaluation.interval_steps or interval,
+        save_interval=config.checkpoint.save_every_n_batches or interval,
+        evaluate=build_evaluation(config, runtime, data, model, updater),
+        save=save,
+        sinks=sinks,
+        device=runtime.device,
+        backward=runtime.backward,
+        flops_per_token=training_flops_per_token(
+            config.model, config.attention, config.sparsity, config.data.sequence_length
+        ),
+        peak_flops=peak * 1e12 if peak else None,
+    )
+
+
+def fingerprints(data: PreparedData) -> dict[str, str]:
+    """Return hashes of what a run's numbers depend on besides its configuration: data, tokenizer, code."""
+    return {"data": data.fingerprint, "tokenizer": data.tokenizer.fingerprint, "code": code_fingerprint()}
+
+
+def code_fingerprint() -> str:
+    """Return a SHA-256 over the source of the packages that decide a run's numbers."""
+    root = Path(__file__).resolve().parents[1]
+    digest = hashlib.sha256()
+    for package in NUMERIC_PACKAGES:
+        for path in sorted((root / package).rglob("*.py")):
+            digest.update(f"{path.relative_to(root).as_posix()}\0".encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def sizes(config: RunConfig) -> dict[str, int]:
+    """Return total and active parameters."""
+    breakdown = count_parameters(config.model, config.attention, config.sparsity)
+    return {"total": breakdown.total, "active": breakdown.active}

@@ -1,0 +1,337 @@
+"""Train, evaluate, report; and go on where an earlier process of the same run left off."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from ava_exp.config.identity import difference_from_default, run_id, to_plain
+from ava_exp.config.run import RunConfig
+from ava_exp.data.prepare import PreparedData
+from ava_exp.errors import EXIT_OK, EXIT_RESUMABLE, CheckpointError
+from ava_exp.generation.sampling import sample_tokens
+from ava_exp.models.decoder import Decoder
+from ava_exp.optim.update import Updater
+from ava_exp.runtime import Runtime, open_runtime
+from ava_exp.stages import assembly
+from ava_exp.tracking.folder import RunFolder, new_attempt, newest_attempt
+from ava_exp.tracking.lock import RunLock
+from ava_exp.tracking.logs import configure_logging
+from ava_exp.tracking.metadata import collect_metadata
+from ava_exp.tracking.metrics import MetricsFile, of_kind, read_metrics
+from ava_exp.tracking.redaction import redact
+from ava_exp.tracking.report import write_report
+from ava_exp.tracking.trackers import RunStatus, TrackedRun
+from ava_exp.tracking.view import View, open_view
+from ava_exp.training.budget import resolve_total_steps
+from ava_exp.training.checkpoint import newest_good_checkpoint, read_checkpoint, resolve_checkpoint, sweep_leftovers
+from ava_exp.training.loop import Outcome, measure_seconds_per_step
+from ava_exp.training.saver import CheckpointSaver, restore_snapshot, take_snapshot
+from ava_exp.training.signals import SignalRequests
+from ava_exp.training.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+
+def run(config: RunConfig) -> int:
+    """Train the run that `config` names, or go on with it. Return the exit code."""
+    folder = choose_attempt(config)
+    with RunLock(folder.lock), configure_logging(folder), SignalRequests() as requests:
+        folder.point_latest(Path(config.output_dir))
+        try:
+            return Pretraining(config, folder, requests).run()
+        except BaseException as error:
+            logger.error("the run ended with %s: %s", type(error).__name__, error, exc_info=True)
+            _write_status(folder, RunStatus.failed)
+            raise
+
+
+def choose_attempt(config: RunConfig) -> RunFolder:
+    """Return the folder to work in: the newest attempt at this run, or a new one where `resume` asks for that."""
+    output_dir, name = Path(config.output_dir), run_id(config)
+    newest = newest_attempt(output_dir, name)
+    if newest is not None and config.resume != "never":
+        started_from = (newest.read_json("metadata.json") or {}).get("resumed_from")
+        if config.resume == "auto" or started_from == config.resume:
+            return newest.create()
+    return new_attempt(output_dir, name)
+
+
+class Pretraining:
+    """One process's share of a run, from an open folder to its report."""
+
+    def __init__(self, config: RunConfig, folder: RunFolder, requests: SignalRequests) -> None:
+        self.config, self.folder, self.requests = config, folder, requests
+        self.output_dir = Path(config.output_dir)
+        self.resolution: dict[str, Any] = folder.read_json("resolution.json") or {}
+
+    def run(self) -> int:
+        """Do what is left to do."""
+        if self._is_finished():
+            _tell(f"This run is finished. Its report: {self.folder.report}")
+            _tell("Raise the budget to train it further, or start again with `resume=never`.")
+            return EXIT_OK
+        _tell(f"Run folder: {self.folder.root}")
+        runtime = self._open_runtime()
+        data = assembly.prepare(self.config, _tell)
+        self._describe(runtime)
+        total_steps = self._total_steps(runtime, data)
+        torch.manual_seed(self.config.seed)
+        model = assembly.build_decoder(self.config, runtime)
+        updater = assembly.build_updater(self.config, runtime, model)
+        state = self._restore(updater, data)
+        tracker = self.config.tracker.build()
+        tracker.start(self._tracked())
+        _write_status(self.folder, RunStatus.running, state.step, total_steps)
+        try:
+            outcome = self._train(runtime, data, model, updater, state, total_steps)
+            finished = outcome is Outcome.finished
+            status = RunStatus.finished if finished else RunStatus.stopped
+            if finished:
+                self._write_samples(assembly.inference_copy(self.config, runtime, model, updater), data)
+            self._write_summary(status, runtime, data, state)
+            _write_status(self.folder, status, state.step, total_steps)
+            report = write_report(self.folder)
+        except BaseException:
+            tracker.finish(RunStatus.failed)
+            raise
+        tracker.finish(status, [report, self.folder.config])
+        return self._say_goodbye(outcome, state, total_steps)
+
+    def _is_finished(self) -> bool:
+        status = self.folder.read_json("status.json") or {}
+        if status.get("status") != RunStatus.finished.value or "tokens_per_epoch" not in self.resolution:
+            return False
+        return int(status["step"]) >= self._resolve_steps(self.resolution)
+
+    def _open_runtime(self) -> Runtime:
+        runtime = open_runtime(
+            self.config.hardware,
+            self.config.precision,
+            batch_size=self.config.training.batch_size,
+            cache_dir=Path(self.config.cache_dir),
+            stored=self.resolution.get("runtime"),
+        )
+        for notice in runtime.notices:
+            _tell(notice)
+        self.resolution["runtime"] = dataclasses.asdict(runtime.resolution)
+        return runtime
+
+    def _describe(self, runtime: Runtime) -> None:
+        """Write what this run is, before anything can go wrong."""
+        text = yaml.safe_dump(redact(to_plain(self.config)), sort_keys=False)
+        self.folder.config.write_text(text, encoding="utf-8")
+        difference = {key: list(pair) for key, pair in difference_from_default(self.config).items()}
+        self.folder.write_json("difference.json", redact(difference))
+        metadata = collect_metadata(sys.orig_argv)
+        if self.config.resume not in ("auto", "never"):
+            metadata["resumed_from"] = self.config.resume
+        self.folder.write_json("metadata.json", metadata)
+
+    def _total_steps(self, runtime: Runtime, data: PreparedData) -> int:
+        """Resolve the budget; a limit in seconds is turned into steps by a measurement that is made once and kept."""
+        per_epoch = assembly.build_loader(self.config, runtime, data).num_samples * self.config.data.sequence_length
+        self.resolution["tokens_per_epoch"] = per_epoch
+
+        def measure() -> float:
+            if "seconds_per_step" not in self.resolution:
+                model = assembly.build_decoder(self.config, runtime)
+                updater = assembly.build_updater(self.config, runtime, model)
+                trainer = assembly.build_trainer(self.config, runtime, data, 1000, model=model, updater=updater)
+                times = list(measure_seconds_per_step(trainer))
+                self.resolution["seconds_per_step"] = statistics.median(times[1:])
+                _tell(f"One step takes {self.resolution['seconds_per_step']:.3f} s (measured once and kept).")
+            return float(self.resolution["seconds_per_step"])
+
+        total = self._resolve_steps(self.resolution, measure)
+        self.folder.write_json("resolution.json", self.resolution)
+        return total
+
+    def _resolve_steps(self, resolution: dict[str, Any], measure: Any = None) -> int:
+        counts = assembly.sizes(self.config)
+        return resolve_total_steps(
+            self.config.budget,
+            tokens_per_step=assembly.tokens_per_step(self.config, resolution["runtime"]["batch_size"]),
+            tokens_per_epoch=resolution["tokens_per_epoch"],
+            active_parameters=counts["active"],
+            total_parameters=counts["total"],
+            seconds_per_step=measure or (lambda: float(resolution["seconds_per_step"])),
+        )
+
+    def _restore(self, updater: Updater, data: PreparedData) -> TrainState:
+        """Put the newest good checkpoint back, if there is one, and cut the metrics back to it."""
+        sweep_leftovers(self.folder.checkpoints)
+        found, problems = newest_good_checkpoint(self.folder.checkpoints)
+        for problem in problems:
+            logger.warning(problem)
+        if found is None and self.config.resume not in ("auto", "never"):
+            found = resolve_checkpoint(Path(self.config.resume))
+        if found is None:
+            state = TrainState()
+        else:
+            snapshot = read_checkpoint(found)
+            self._check_inputs(snapshot.state["fingerprints"], assembly.fingerprints(data))
+            state = restore_snapshot(snapshot, updater, reset_optimizer=self.config.reset_optimizer)
+            _tell(f"Going on from step {state.step} ({found}).")
+        with MetricsFile(self.folder.metrics) as metrics:
+            metrics.cut_back(state.step)
+        return state
+
+    def _check_inputs(self, saved: dict[str, str], present: dict[str, str]) -> None:
+        changed = [name for name in present if saved.get(name) != present[name]]
+        if not changed:
+            return
+        sentence = f"{' and '.join(changed)} changed since the checkpoint was made"
+        if not self.config.allow_changed_inputs:
+            raise CheckpointError(
+                f"{sentence}: the run would not be what its name says. "
+                "Restore what changed, start again with `resume=never`, or go on with `allow_changed_inputs=true`."
+            )
+        logger.warning("%s; going on all the same, as `allow_changed_inputs` says.", sentence)
+
+    def _tracked(self) -> TrackedRun:
+        return TrackedRun(
+            folder=self.folder,
+            name=self.folder.root.name,
+            parameters=redact(flatten(to_plain(self.config))),
+            output_dir=self.output_dir,
+        )
+
+    def _train(
+        self,
+        runtime: Runtime,
+        data: PreparedData,
+        model: Decoder,
+        updater: Updater,
+        state: TrainState,
+        total_steps: int,
+    ) -> Outcome:
+        settings = self.config.checkpoint
+        saver = CheckpointSaver(
+            self.folder.checkpoints, num_best=settings.save_total_limit, asynchronous=settings.asynchronous
+        )
+        extra = {"fingerprints": assembly.fingerprints(data), "run": self.folder.root.name}
+        with MetricsFile(self.folder.metrics) as metrics, open_view(total_steps, self._title(total_steps)) as view:
+
+            def save(state: TrainState) -> None:
+                metrics.sync()
+                saver.save(take_snapshot(updater, state, extra), state.evaluations)
+
+            trainer = assembly.build_trainer(
+                self.config,
+                runtime,
+                data,
+                total_steps,
+                model=model,
+                updater=updater,
+                state=state,
+                save=save,
+                sinks=(metrics.append, view.update),
+            )
+            try:
+                outcome = trainer.fit(self.requests)
+            finally:
+                saver.wait()
+            self._check_saved(saver, view)
+            return outcome
+
+    def _check_saved(self, saver: CheckpointSaver, view: View) -> None:
+        if saver.last_save_failed:
+            view.message(f"The last checkpoint could not be saved; the newest good one is in {self.folder.checkpoints}.")
+
+    def _title(self, total_steps: int) -> list[str]:
+        counts = assembly.sizes(self.config)
+        return [
+            f"{self.folder.root.name}: {counts['total'] / 1e6:.1f} M parameters, {counts['active'] / 1e6:.1f} M active, "
+            f"{self.resolution['runtime']['precision']}, {total_steps} steps"
+        ]
+
+    def _write_samples(self, model: Decoder, data: PreparedData) -> None:
+        prompt = self.config.evaluation.sample_prompt
+        ids = sample_tokens(
+            model,
+            data.tokenizer.encode(prompt),
+            max_new_tokens=self.config.evaluation.sample_tokens,
+            temperature=0.8,
+            top_p=0.9,
+            seed=self.config.seed,
+            stop_id=data.tokenizer.end_of_document_id,
+        )
+        self.folder.samples.write_text(prompt + data.tokenizer.decode(list(ids)), encoding="utf-8")
+
+    def _write_summary(self, status: RunStatus, runtime: Runtime, data: PreparedData, state: TrainState) -> None:
+        records = read_metrics(self.folder.metrics)
+        evaluations, steps = of_kind(records, "eval"), of_kind(records, "train")
+        names = ("loss", "perplexity", "bits_per_byte", "token_accuracy")
+        statistics_of = data.statistics
+        self.folder.write_json(
+            "summary.json",
+            {
+                "status": status.value,
+                "final": {name: evaluations[-1][name] for name in names} if evaluations else None,
+                "baselines": {"gzip": data.baselines.gzip_bits_per_byte, "xz": data.baselines.xz_bits_per_byte},
+                "parameters": assembly.sizes(self.config),
+                "steps": state.step,
+                "tokens": state.tokens,
+                "seconds": state.elapsed_s,
+                "tokens_per_s": statistics.median(r["tokens_per_s"] for r in steps) if steps else None,
+                "mfu": statistics.median(r["mfu"] or 0.0 for r in steps) if steps else None,
+                "data": {
+                    "train_documents": statistics_of.train.num_documents,
+                    "validation_documents": statistics_of.validation.num_documents,
+                    "train_tokens": statistics_of.train.num_tokens,
+                    "validation_tokens": statistics_of.validation.num_tokens,
+                    "fingerprint": data.fingerprint,
+                },
+                "tokenizer": {
+                    "vocab_size": data.tokenizer.vocab_size,
+                    "bytes_per_token": statistics_of.validation.bytes_per_token,
+                    "fingerprint": data.tokenizer.fingerprint,
+                },
+                "runtime": dataclasses.asdict(runtime.resolution),
+            },
+        )
+
+    def _say_goodbye(self, outcome: Outcome, state: TrainState, total_steps: int) -> int:
+        if outcome is Outcome.stopped:
+            assert self.requests.stop is not None
+            _tell(
+                f"Stopped by {self.requests.stop.name} at step {state.step} of {total_steps}, saved. "
+                "The same command goes on from there."
+            )
+            return EXIT_RESUMABLE
+        summary = self.folder.read_json("summary.json")
+        final, baselines = summary["final"], summary["baselines"]
+        _tell(
+            f"Validation: {final['bits_per_byte']:.3f} bits per byte "
+            f"(gzip -9 {baselines['gzip']:.3f}, xz {baselines['xz']:.3f}), "
+            f"perplexity {final['perplexity']:.1f}, token accuracy {final['token_accuracy']:.1%}."
+        )
+        _tell(f"Report: {self.folder.report}")
+        return EXIT_OK
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _write_status(folder: RunFolder, status: RunStatus, step: int | None = None, total: int | None = None) -> None:
+    known = folder.read_json("status.json") or {}
+    given = {name: value for name, value in (("step", step), ("total_steps", total)) if value is not None}
+    folder.write_json("status.json", {**known, "status": status.value, **given})
+
+
+def _tell(text: str) -> None:
+    print(text, flush=True)
+    logger.info(text)
