@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NoReturn
 
+from ava_exp import __version__
 from ava_exp.errors import (
     EXIT_FAILURE,
     EXIT_INTERRUPTED,
@@ -52,6 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: list[str]) -> int:
+    if "--version" in arguments:
+        print(f"ava_exp {__version__}")
+        return EXIT_OK
     from ava_exp.config.compose import composition_errors_in_one_line
     from ava_exp.config.overrides import check_overrides
 
@@ -152,7 +156,7 @@ def _run_point(config: DictConfig) -> int:
     except UserError as error:
         _complain(str(error))
         return EXIT_USER_ERROR
-    except Exception:
+    except Exception:  # noqa: BLE001  (a bug in one point; told in full, and the next point runs)
         traceback.print_exc()
         return EXIT_FAILURE
 

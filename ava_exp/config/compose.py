@@ -10,7 +10,7 @@ from hydra._internal.utils import create_config_search_path
 from hydra.core.utils import setup_globals
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -36,7 +36,9 @@ def compose(overrides: Sequence[str] = ()) -> RunConfig:
         check_overrides(overrides, may_sweep=False)
         loader = ConfigLoaderImpl(create_config_search_path(None))
         config = loader.load_configuration(CONFIG_NAME, list(overrides), RunMode.RUN)
-        return to_run_config(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
+        with open_dict(config):
+            del config["hydra"]
+        return to_run_config(config)
 
 
 def to_run_config(config: DictConfig) -> RunConfig:

@@ -57,6 +57,6 @@ def report(faults: list[Fault]) -> str:
     """Return the faults as lines, each with its severity, below a line that counts them."""
     if not faults:
         return "no faults"
-    counts = [(sum(fault.severity is severity for fault in faults), severity.value) for severity in Severity]
-    heading = ", ".join(f"{count} {name}{'s' if count > 1 and name != 'critical' else ''}" for count, name in counts if count)
+    numbers = {severity.value: sum(fault.severity is severity for fault in faults) for severity in Severity}
+    heading = "faults: " + ", ".join(f"{number} {name}" for name, number in numbers.items() if number)
     return "\n".join([heading, *(f"  {fault.severity.value:<9}{fault}" for fault in faults)])

@@ -20,7 +20,7 @@ Flags:
   --info defaults-tree print which files the configuration is composed from
   -m, --multirun       run every combination of `key=value,value`
   -sc install=bash     print the shell code that completes groups, options and keys (also zsh, fish)
-  --help               print this
+  --help, --version    print this, or the version
 
 Examples:
   python -m ava_exp                                        train the quick model on embedded text

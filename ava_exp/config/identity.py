@@ -127,7 +127,7 @@ def difference_from_default(config: RunConfig) -> dict[str, tuple[Any, Any]]:
     """
     from ava_exp.config.compose import compose
 
-    default, actual = _flat(to_plain(compose(["local=null"]))), _flat(to_plain(config))
+    default, actual = _flat(to_plain(compose(["~local"]))), _flat(to_plain(config))
     keys = [*actual, *(key for key in default if key not in actual)]
     return {key: (default.get(key), actual.get(key)) for key in keys if default.get(key) != actual.get(key)}
 

@@ -100,9 +100,9 @@ def _obstacle(folder: Path) -> str:
 
 
 def _disk_has_room(config: RunConfig) -> Iterator[Fault]:
-    if isinstance(config.stage, (PlanConfig, ValidateConfig)):
-        return
     folder = _nearest_existing(Path(config.output_dir))
+    if isinstance(config.stage, (PlanConfig, ValidateConfig)) or not folder.is_dir():
+        return
     checkpoints = config.checkpoint.save_total_limit + 2  # the latest, and the one that is being written
     needed = BYTES_PER_PARAMETER * checkpoints * _approximate_parameters(config)
     free = shutil.disk_usage(folder).free

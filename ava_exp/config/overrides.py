@@ -60,7 +60,7 @@ def _check_group(override: Override, text: str) -> None:
         return
     if override.is_add() or override.is_force_add():
         raise ConfigError(f"`{text}`: write `{text.lstrip('+')}`; every group has one place.")
-    if not override.is_sweep_override() and not isinstance(value, (str, list)):
+    if not override.is_sweep_override() and not (isinstance(value, (str, list)) and value):
         options = ", ".join(f"`{name}`" for name in option_names(group))
         raise ConfigError(f"`{text}`: `{group}` takes one of {options}; `~{group}` leaves it out.")
     for name in re.split(r"[\s,\[\]()'\"]+", text.partition("=")[2]):

@@ -53,6 +53,7 @@ BOUNDS = (
             "model.head_dim",
             "model.intermediate_size",
             "model.max_position_embeddings",
+            "model.num_experts",
             "sparsity.num_experts",
             "sparsity.intermediate_size",
             "data.sequence_length",
@@ -98,6 +99,7 @@ BOUNDS = (
         lambda value: value >= 0,
         (
             "seed",
+            "model.load_balancing_weight",
             "sparsity.load_balancing_weight",
             "sparsity.router_z_loss_weight",
             "optimizer.weight_decay",

@@ -102,7 +102,7 @@ def _unknown_key(key: str, error: OmegaConfBaseException, groups: Iterable[str])
 
 
 def suggest_key(key: str, siblings: Iterable[str]) -> str:
-    """Return 'did you mean …?' with full keys, or all of them; only last parts are compared, since the rest is equal."""
+    """Return 'did you mean …?' with full keys, or all of them. Only the last parts are compared: the rest is equal."""
     by_last_part = {sibling.rpartition(".")[2]: sibling for sibling in siblings}
     close = nearest(key.rpartition(".")[2], by_last_part)
     if close:

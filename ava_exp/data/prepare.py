@@ -135,7 +135,7 @@ class _Preparation:
                 Path("tokenizers", cache_key(summary.fingerprint, self.validation_fraction, recipe)),
                 f"tokenizer: training on {summary.train.num_bytes / 1e6:.1f} MB",
                 _load_tokenizer,
-                lambda folder: _save_tokenizer(maker.make(self._training_texts()), folder),
+                lambda folder: _save_tokenizer(maker.make(self._training_texts(summary)), folder),
             )
         self.on_progress(
             f"tokenizer: {tokenizer.vocab_size:,} tokens, fingerprint {tokenizer.fingerprint[:12]}{_cached(from_cache)}"
@@ -165,8 +165,17 @@ class _Preparation:
         key = cache_key(SUMMARY_VERSION, self.source.stamp(), self.validation_fraction)
         return Path("sources", key)
 
-    def _training_texts(self) -> Iterator[str]:
-        for document in self.source.documents():
+    def _documents(self, summary: Summary) -> Iterator[Document]:
+        """Read the source again. Raises `DataError` at its end if it is no longer what the summary says."""
+        fingerprint = Fingerprint()
+        yield from fingerprint.follow(self.source.documents())
+        if fingerprint.hexdigest() != summary.fingerprint:
+            # The next run must read the source anew.
+            shutil.rmtree(self.cache_dir / self._summary_entry(), ignore_errors=True)
+            raise DataError(f"{self.source.describe()}: documents changed while they were read. Run it again.")
+
+    def _training_texts(self, summary: Summary) -> Iterator[str]:
+        for document in self._documents(summary):
             if split_of(document.name, self.validation_fraction) is Split.train:
                 yield document.text
 
@@ -179,26 +188,18 @@ class _Preparation:
             )
             for split in Split
         }
-        fingerprint = Fingerprint()
-        for documents in _groups(fingerprint.follow(self.source.documents())):
+        for documents in _groups(self._documents(summary)):
             encoded = tokenizer.encode_batch([document.text for document in documents])
             for document, tokens in zip(documents, encoded, strict=True):
                 if not len(tokens):
                     logger.warning("%s: the tokenizer makes no token of it.", document.name)
                 writers[split_of(document.name, self.validation_fraction)].add(tokens)
-        self._check_unchanged(fingerprint.hexdigest(), summary)
         for split, writer in writers.items():
             writer.finish(
                 split=split.value,
                 source_fingerprint=summary.fingerprint,
                 tokenizer_fingerprint=tokenizer.fingerprint,
             )
-
-    def _check_unchanged(self, fingerprint: str, summary: Summary) -> None:
-        if fingerprint != summary.fingerprint:
-            # The next run must read the source anew.
-            shutil.rmtree(self.cache_dir / self._summary_entry(), ignore_errors=True)
-            raise DataError(f"{self.source.describe()}: documents changed while they were read. Run it again.")
 
 
 def _statistics(size: SplitSize, dataset: TokenDataset) -> SplitStatistics:

@@ -48,7 +48,8 @@ def run(config: RunConfig) -> int:
         try:
             return Pretraining(config, folder, requests).run()
         except BaseException as error:
-            logger.error("the run ended with %s: %s", type(error).__name__, error, exc_info=True)
+            # The terminal gets it from the command line; here it is for the run's own files.
+            logger.debug("the run ended with %s", type(error).__name__, exc_info=True)
             _write_status(folder, RunStatus.failed)
             raise
 

@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 Record = dict[str, Any]
 
 NOT_METRICS = frozenset({"kind", "step", "time", "final", "sample_crc32", "expert_load"})
+LOAD_DECIMALS = 5
 MAX_PENDING = 10_000
 """Records kept in memory while the file cannot be written."""
 
@@ -27,7 +28,8 @@ MAX_PENDING = 10_000
 class MetricsFile:
     """Appends records, each whole at once. While the disk is full they wait in memory, up to `MAX_PENDING`.
 
-    A context manager; every record gets the wall-clock `time` it was appended at, in seconds since 1970.
+    Every record gets the wall-clock `time` at which it was appended, in seconds since 1970; the load of experts, by far
+    its largest part, is rounded. A context manager.
     """
 
     def __init__(self, path: Path) -> None:
@@ -39,7 +41,10 @@ class MetricsFile:
 
     def append(self, record: Record) -> None:
         """Write one record; a disk that is full costs one warning and is tried again at the next record."""
-        line = to_json({**record, "time": round(time.time(), 3)}) + "\n"
+        record = {**record, "time": round(time.time(), 3)}
+        if "expert_load" in record:
+            record["expert_load"] = [[round(share, LOAD_DECIMALS) for share in load] for load in record["expert_load"]]
+        line = to_json(record) + "\n"
         if len(self._pending) == MAX_PENDING:
             self._pending.popleft()
             self._num_lost += 1

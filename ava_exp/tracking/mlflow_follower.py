@@ -93,7 +93,7 @@ class Follower:
         """Return whether all is done."""
         try:
             self._copy()
-        except Exception as error:  # whatever MLflow, a database or a network raises: the run must not care
+        except Exception as error:  # noqa: BLE001 - whatever MLflow, a database or a network raises must not stop it
             self._destination = None
             self._wait_s = min(MAX_WAIT_S, 2 * self._wait_s)
             self._tell_trouble(error)

@@ -51,5 +51,8 @@ def redact(value: Any) -> Any:
 
 
 def _redact_item(key: str, value: Any) -> Any:
-    hidden = is_secret(key) and value not in (None, "") and not isinstance(value, bool)
-    return HIDDEN if hidden else redact(value)
+    if not is_secret(key):
+        return redact(value)
+    if isinstance(value, list | tuple):
+        return [_redact_item(key, item) for item in value]
+    return value if value in (None, "") or isinstance(value, bool) else HIDDEN

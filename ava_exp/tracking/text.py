@@ -65,6 +65,13 @@ def resample(values: Sequence[float], count: int) -> list[float]:
     return [sum(group) / len(group) for group in groups]
 
 
+def evenly(count: int, limit: int) -> list[int]:
+    """Choose at most `limit` (two or more) of `count` positions, evenly from the first to the last."""
+    if count <= limit:
+        return list(range(count))
+    return [round(index * (count - 1) / (limit - 1)) for index in range(limit)]
+
+
 class Curve:
     """A long series in bounded memory: whenever it is full, neighbours are averaged and later ones come in pairs."""
 

@@ -22,7 +22,7 @@ from rich.text import Text
 
 from ava_exp.tracking.experts import expert_summary, relative_load
 from ava_exp.tracking.metrics import Record
-from ava_exp.tracking.text import Curve, block, format_bytes, format_count, format_seconds, resample, sparkline
+from ava_exp.tracking.text import Curve, block, evenly, format_bytes, format_count, format_seconds, resample, sparkline
 
 REFRESH_S = 0.25
 LINE_S = 10.0
@@ -165,7 +165,7 @@ class PanelView(View):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._live.update(self._panel(), refresh=True)
+        self._live.update(self._panel())
         self._live.stop()
 
     def event(self, text: str) -> None:
@@ -220,9 +220,9 @@ class PanelView(View):
         grid = Table.grid(expand=True, padding=(0, 1))
         for ratio in (14, 26, 14, 18):
             grid.add_column(ratio=ratio, no_wrap=True)
-        bits = f"{evaluation['bits_per_byte']:.3f}" if evaluation else "–"
-        at = f"  at step {evaluation['step']:,}" if evaluation else "  not evaluated yet"
-        mfu = f"{train['mfu']:.1%}" if train.get("mfu") is not None else "–"
+        bits = f"{evaluation['bits_per_byte']:.3f}  " if evaluation else ""
+        at = f"at step {evaluation['step']:,}" if evaluation else "not evaluated yet"
+        mfu = f"{train['mfu']:.1%}" if train.get("mfu") is not None else "no peak known"
         loss = Text.assemble(
             (f"{train['loss']:.3f}  ", "bold"), (sparkline(self._losses.values, self._width // 5 - 2), "cyan")
         )
@@ -240,17 +240,11 @@ class PanelView(View):
         layers: list[Sequence[float]] = self.train["expert_load"]
         grid = Table.grid(padding=(0, 2))
         grid.add_row(Text("expert load", style="dim"), "", Text("largest ÷ mean", style="dim"))
-        for layer in self._shown_layers(len(layers)):
+        room = max(2, min(12, self.console.height - 16 - len(self.title_lines)))
+        for layer in evenly(len(layers), room):
             imbalance = f"{expert_summary(layers[layer])['imbalance']:.2f}"
             grid.add_row(Text(f"layer {layer}", style="dim"), _expert_blocks(layers[layer]), imbalance)
         return grid
-
-    def _shown_layers(self, count: int) -> list[int]:
-        """Choose layers, evenly from first to last, that fit the terminal."""
-        room = max(2, min(12, self.console.height - 16 - len(self.title_lines)))
-        if count <= room:
-            return list(range(count))
-        return [round(index * (count - 1) / (room - 1)) for index in range(room)]
 
 
 def _expert_blocks(shares: Sequence[float]) -> Text:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -149,3 +151,13 @@ def test_the_stamp_changes_with_files_and_with_what_is_read_from_them(tmp_path: 
     stamps.append(source_of(tmp_path / "data").stamp())
     assert len(set(stamps)) == 4
     assert source_of(tmp_path / "data").stamp() == stamps[-1]
+
+
+def test_the_stamp_sees_a_file_whose_size_and_time_were_kept(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", "one")
+    before, status = source_of(path).stamp(), path.stat()
+    time.sleep(0.02)  # longer than a tick of the file system's clock
+    write(path, "two")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert path.stat().st_mtime_ns == status.st_mtime_ns
+    assert source_of(path).stamp() != before

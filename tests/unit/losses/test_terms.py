@@ -24,7 +24,9 @@ def some_logits(rows: int = 30, vocabulary: int = 17) -> tuple[torch.Tensor, tor
 
 @pytest.mark.parametrize("factor", [1.0, 0.3])
 @pytest.mark.parametrize("slice_values", [17, 100, 10_000])
-def test_cross_entropy_and_its_gradient_equal_torch(slice_values: int, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cross_entropy_and_its_gradient_equal_torch(
+    slice_values: int, factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "SLICE_VALUES", slice_values)
     logits, labels = some_logits()
     ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
@@ -52,7 +54,10 @@ def test_cross_entropy_of_bf16_logits_is_summed_in_fp32() -> None:
 def test_shares_of_micro_batches_add_up_to_the_mean() -> None:
     logits, labels = some_logits(24)
     whole = CrossEntropy()(ModelOutput(logits.view(4, 6, -1)), labels.view(4, 6), 20)
-    parts = [CrossEntropy()(ModelOutput(logits.view(4, 6, -1)[i : i + 1]), labels.view(4, 6)[i : i + 1], 20) for i in range(4)]
+    parts = [
+        CrossEntropy()(ModelOutput(logits.view(4, 6, -1)[i : i + 1]), labels.view(4, 6)[i : i + 1], 20)
+        for i in range(4)
+    ]
     torch.testing.assert_close(sum(parts), whole)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +127,18 @@ def _summary(final: dict[str, Any], num_steps: int) -> dict[str, Any]:
         "data": {"source": "stdlib", "documents": 1432, "bytes": 12_345_678, "fingerprint": "3f9a0c"},
         "tokenizer": {"kind": "byte-level BPE", "vocab_size": 8192, "bytes_per_token": 3.41},
     }
+
+
+@pytest.fixture(name="fake_records")
+def _fake_records() -> Callable[..., Iterator[dict[str, Any]]]:
+    """Makes the records of a run: `fake_records(num_steps, num_layers, num_experts)`."""
+    return fake_records
+
+
+@pytest.fixture(name="write_fake_run")
+def _write_fake_run() -> Callable[..., RunFolder]:
+    """Writes a run: `write_fake_run(root, num_steps, num_experts, finished)`."""
+    return write_fake_run
 
 
 @pytest.fixture

@@ -114,7 +114,7 @@ def test_paths_a_user_may_give(tmp_path: Path) -> None:
     assert {resolve_checkpoint(path) for path in (folder, tmp_path, tmp_path / "checkpoints")} == {folder}
     pickled = tmp_path / "model.pt"
     pickled.write_bytes(b"\x80\x04.")
-    for path in (pickled, tmp_path / "nowhere", tmp_path / "checkpoints" / ".."/ "empty"):
+    for path in (pickled, tmp_path / "nowhere", tmp_path / "checkpoints" / ".." / "empty"):
         with pytest.raises(CheckpointError, match="`resume` must be"):
             resolve_checkpoint(path)
 

@@ -1,0 +1,308 @@
+"""One self-contained page about a run, made from the files in its folder: no scripts, no network."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from html import escape
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ava_exp.tracking.experts import expert_summary, relative_load
+from ava_exp.tracking.files import restore_numbers, write_atomically
+from ava_exp.tracking.folder import RunFolder
+from ava_exp.tracking.metrics import Record, of_kind, read_metrics
+from ava_exp.tracking.redaction import redact, redact_text
+from ava_exp.tracking.text import format_bytes, format_count, format_seconds
+
+BITS_OF_A_BYTE = 8.0
+COMPRESSORS = {"gzip": "gzip -9", "xz": "xz"}
+CAPTIONS = {
+    "loss": "How surprised the model is by the next token. Thin: single steps; thick: their average. "
+    "Validation text is never trained on: when its curve turns upwards, the model has begun to learn by heart.",
+    "bits_per_byte": "The same, per byte of text, which makes tokenizers comparable; "
+    "the grey lines are what general compressors reach on the same documents.",
+    "optimisation": "The size of the steps the optimizer takes, and the length of the gradient before it is clipped.",
+    "throughput": "Training speed, and the share of the device's peak arithmetic that goes into the model.",
+    "experts": "Which experts of every layer the tokens went to: white is the balanced share, red more, blue less.",
+    "balance": "Gini coefficient and entropy of the tokens' distribution over each layer's experts.",
+}
+
+
+def write_report(folder: RunFolder) -> Path:
+    """Draw the figures of the run and write `report.html`; what the run has not got to is left out.
+
+    Raises:
+        RunFolderError: A file cannot be written, or one of the run's files cannot be read.
+    """
+    from ava_exp.tracking.figures import write_figures
+
+    figures = write_figures(folder)
+    write_atomically(folder.report, render(read_run(folder), figures))
+    return folder.report
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunFiles:
+    """What the page is made from."""
+
+    name: str
+    status: str
+    records: list[Record]
+    summary: dict[str, Any]
+    metadata: dict[str, Any]
+    difference: dict[str, list[Any]]
+    config: str
+    samples: str
+
+
+def read_run(folder: RunFolder) -> RunFiles:
+    """Read a run's files, without secrets. Where a run was stopped before its summary, the metrics stand in."""
+    records = read_metrics(folder.metrics)
+    summary = _summary_so_far(records) | restore_numbers(folder.read_json("summary.json", {}))
+    return RunFiles(
+        name=folder.root.resolve().name,
+        status=str(summary.get("status") or folder.read_json("status.json", {}).get("status", "unknown")),
+        records=records,
+        summary=redact(summary),
+        metadata=redact(folder.read_json("metadata.json", {})),
+        difference=redact(folder.read_json("difference.json", {})),
+        config=redact_text(_text(folder.config)),
+        samples=_text(folder.samples),
+    )
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+
+def _summary_so_far(records: list[Record]) -> dict[str, Any]:
+    summary: dict[str, Any] = {}
+    if evaluations := of_kind(records, "eval"):
+        summary["final"] = evaluations[-1]
+    if train := of_kind(records, "train"):
+        last = train[-1]
+        summary |= {"tokens": last["tokens"], "seconds": last["elapsed_s"]}
+        summary |= {"tokens_per_s": last["tokens_per_s"], "mfu": last.get("mfu")}
+    return summary
+
+
+def render(run: RunFiles, figures: list[Path]) -> str:
+    """Return the page."""
+    sections = [
+        _header(run),
+        _compression(run.summary),
+        _numbers(run),
+        _figures(figures),
+        _experts(run.records),
+        _samples(run.samples),
+        _configuration(run),
+        _origins(run),
+    ]
+    style = resources.files("ava_exp.tracking").joinpath("report.css").read_text(encoding="utf-8")
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<link rel="icon" href="data:,">
+<title>{escape(run.name)}</title>
+<style>
+{style}</style>
+</head>
+<body>
+<main>
+{"".join(section for section in sections if section)}<footer>Made by ava_exp from the files beside this page.</footer>
+</main>
+</body>
+</html>
+"""
+
+
+def _header(run: RunFiles) -> str:
+    started = run.metadata.get("started")
+    when = f'<p class="soft">started {escape(str(started).replace("T", " "))}</p>\n' if started else ""
+    command = run.metadata.get("command")
+    status = run.status if run.status in ("finished", "running", "stopped", "failed") else "unknown"
+    return (
+        f'<header>\n<h1>{escape(run.name)} <span class="status {status}">{escape(run.status)}</span></h1>\n{when}'
+        + (f'<code class="command">{escape(command)}</code>\n' if command else "")
+        + "</header>\n"
+    )
+
+
+def _compression(summary: Mapping[str, Any]) -> str:
+    """Set the model's bits per byte beside the compressors', in a picture and in words."""
+    bits = (summary.get("final") or {}).get("bits_per_byte")
+    if bits is None:
+        return '<p class="card">The run has not been evaluated yet.</p>\n'
+    baselines = summary.get("baselines") or {}
+    rows = [("this model", bits, "model"), *((COMPRESSORS.get(name, name), baselines[name], "") for name in baselines)]
+    most = max((value for _, value, _ in rows if math.isfinite(value)), default=1.0)
+    bars = "".join(
+        f'<span>{escape(label)}</span><i class="{kind}" style="width: {_share(value, most):.1%}"></i>'
+        f"<b>{value:.2f}</b>\n"
+        for label, value, kind in rows
+    )
+    return (
+        f'<section class="card compression">\n<div><div class="figure-of-merit">{bits:.2f}</div>'
+        f'<div class="soft">bits per byte of unseen text</div></div>\n<div class="bars">\n{bars}</div>\n'
+        f"<p>{_meaning(bits, baselines)}</p>\n</section>\n"
+    )
+
+
+def _share(value: float, most: float) -> float:
+    return min(1.0, value / most) if math.isfinite(value) and most > 0 else 0.0
+
+
+def _meaning(bits: float, baselines: Mapping[str, float]) -> str:
+    """Say to a newcomer what the number means."""
+    text = (
+        f"To write down one byte of text that it was never trained on, about one letter, this model needs "
+        f"{bits:.2f} bits on average; stored plainly it takes {BITS_OF_A_BYTE:.0f}. "
+        "The better a model predicts what comes next, the fewer bits are left to write."
+    )
+    if not baselines:
+        return text
+    names = [f"<code>{COMPRESSORS.get(name, name)}</code> needs {value:.2f}" for name, value in baselines.items()]
+    beaten = [f"<code>{COMPRESSORS.get(name, name)}</code>" for name, value in baselines.items() if bits < value]
+    verdict = (
+        "So far, the general compressors are still ahead of this model."
+        if not beaten
+        else f"This model predicts the text better than {' and '.join(beaten)}."
+    )
+    return f"{text} On the same documents, one by one, {' and '.join(names)}. {verdict}"
+
+
+def _numbers(run: RunFiles) -> str:
+    """The key numbers, those that are known."""
+    summary = run.summary
+    final, parameters = summary.get("final") or {}, summary.get("parameters") or {}
+    values = [
+        ("loss, nats/token", final.get("loss"), "{:.3f}"),
+        ("perplexity", final.get("perplexity"), "{:,.1f}"),
+        ("next tokens right", final.get("token_accuracy"), "{:.1%}"),
+        ("parameters", _given(format_count, parameters.get("total")), "{}"),
+        ("active per token", _given(format_count, parameters.get("active")), "{}"),
+        ("tokens trained on", _given(format_count, summary.get("tokens")), "{}"),
+        ("time", _given(format_seconds, summary.get("seconds")), "{}"),
+        ("tokens/s", summary.get("tokens_per_s"), "{:,.0f}"),
+        ("FLOPs use (MFU)", summary.get("mfu"), "{:.1%}"),
+    ]
+    cards = [
+        f"<div><span>{label}</span><b>{form.format(value)}</b></div>\n"
+        for label, value, form in values
+        if value is not None
+    ]
+    return f'<section class="numbers">\n{"".join(cards)}</section>\n' if cards else ""
+
+
+def _given(form: Callable[[float], str], value: float | None) -> str | None:
+    return None if value is None else form(value)
+
+
+def _figures(paths: list[Path]) -> str:
+    figures = [
+        f'<figure><img alt="{path.stem.replace("_", " ")}" src="data:image/png;base64,{_base64(path)}">'
+        f"<figcaption>{escape(CAPTIONS[path.stem])}</figcaption></figure>\n"
+        for path in paths
+    ]
+    return f'<h2>Curves</h2>\n<section class="figures">\n{"".join(figures)}</section>\n' if figures else ""
+
+
+def _base64(path: Path) -> str:
+    return base64.b64encode(path.read_bytes()).decode()
+
+
+def _experts(records: list[Record]) -> str:
+    """How evenly the experts of every layer were used at the end."""
+    routed = [record for record in records if record.get("expert_load")]
+    if not routed:
+        return ""
+    rows = "".join(_expert_row(layer, load) for layer, load in enumerate(routed[-1]["expert_load"]))
+    titles = ("layer", "tokens by expert", "least used", "most used", "Gini", "entropy")
+    head = "<tr>" + "".join(f"<th>{title}</th>" for title in titles) + "</tr>\n"
+    return (
+        f"<h2>Experts at step {routed[-1]['step']:,}</h2>\n"
+        '<section class="card scroll">\n<p class="soft">Least and most used in units of the balanced share, '
+        f"which is 1; a Gini coefficient of 0 and an entropy of 100% are a perfect balance.</p>\n"
+        f"<table>\n{head}{rows}</table>\n</section>\n"
+    )
+
+
+def _expert_row(layer: int, load: list[float]) -> str:
+    summary, relative = expert_summary(load), relative_load(load)
+    top = max(relative) or 1.0
+    bars = "".join(f'<i style="height: {_share(share, top):.0%}"></i>' for share in relative)
+    entropy = summary["routing_entropy"] / math.log(len(load)) if len(load) > 1 else 1.0
+    cells = [f"{min(relative):.2f}", f"{max(relative):.2f}", f"{summary['gini']:.3f}", f"{entropy:.1%}"]
+    numbers = "".join(f'<td class="number">{cell}</td>' for cell in cells)
+    return f'<tr><th>{layer}</th><td><div class="experts">{bars}</div></td>{numbers}</tr>\n'
+
+
+def _samples(samples: str) -> str:
+    return f"<h2>What it writes</h2>\n<pre>{escape(samples.strip())}</pre>\n" if samples.strip() else ""
+
+
+def _configuration(run: RunFiles) -> str:
+    rows = "".join(
+        f"<tr><th><code>{escape(key)}</code></th><td><code>{_value(actual)}</code></td>"
+        f'<td><code class="was">{_value(default)}</code></td></tr>\n'
+        for key, (default, actual) in sorted(run.difference.items())
+    )
+    table = f"<table>\n<tr><th>key</th><th>this run</th><th>default</th></tr>\n{rows}</table>" if rows else _AS_DEFAULT
+    whole = f"<details><summary>the whole configuration</summary><pre>{escape(run.config)}</pre></details>\n"
+    return (
+        f'<h2>What differs from the default configuration</h2>\n<section class="card scroll">\n{table}\n</section>\n'
+        + (whole if run.config else "")
+    )
+
+
+_AS_DEFAULT = '<p class="soft">Nothing.</p>'
+
+
+def _value(value: Any) -> str:
+    return escape(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
+
+
+def _origins(run: RunFiles) -> str:
+    """Data, tokenizer, machine and versions."""
+    metadata = {
+        key: value for key, value in run.metadata.items() if key not in ("packages", "command", "started", "pid")
+    }
+    if git := metadata.get("git"):
+        metadata["git"] = f"{git['commit'][:12]}{', with changes' if git['dirty'] else ''}"
+    tables = [
+        ("Data", run.summary.get("data")),
+        ("Tokenizer", run.summary.get("tokenizer")),
+        ("Machine", metadata),
+        ("Versions", run.metadata.get("packages")),
+    ]
+    cards = [f'<div class="card">\n<h3>{title}</h3>\n{_table(table)}</div>\n' for title, table in tables if table]
+    return f'<h2>Made with</h2>\n<section class="columns">\n{"".join(cards)}</section>\n' if cards else ""
+
+
+def _table(values: Mapping[str, Any]) -> str:
+    rows = "".join(
+        f"<tr><th>{escape(key.removesuffix('_bytes').replace('_', ' '))}</th>"
+        f"<td>{escape(_readable(key, value))}</td></tr>\n"
+        for key, value in values.items()
+    )
+    return f"<table>\n{rows}</table>\n"
+
+
+def _readable(key: str, value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_readable(name, item)}" for name, item in value.items())
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "unknown"}[value]
+    if isinstance(value, int | float) and (key == "bytes" or key.endswith("_bytes")):
+        return format_bytes(value)
+    if isinstance(value, float):
+        return f"{value:,.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,201 @@
+"""Each rule of `validate` finds the fault it is for; all are told at once; a good run has none."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from typing import Any
+
+import pytest
+
+from ava_exp.config.compose import compose
+from ava_exp.config.machine import DeviceType, Precision
+from ava_exp.config.rules import BOUNDS, MIN_VOCABULARY, Bound, value_at
+from ava_exp.config.run import RunConfig
+from ava_exp.config.schema import all_keys, annotations_at, options_with
+from ava_exp.config.validate import Severity, is_blocked, precision_faults, raise_if_fatal, report, validate
+from ava_exp.errors import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@functools.cache
+def composed_once(*overrides: str) -> RunConfig:
+    return compose(["~local", *overrides])
+
+
+def composed(*overrides: str) -> RunConfig:
+    return copy.deepcopy(composed_once(*overrides))
+
+
+def error_keys(run: RunConfig) -> set[str]:
+    return {fault.key for fault in validate(run) if fault.severity is Severity.error}
+
+
+def test_the_default_run_has_no_faults() -> None:
+    assert validate(composed()) == []
+    assert report([]) == "no faults"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["model.num_heads=3"], "model.num_heads"),
+        (["model.num_kv_heads=3"], "model.num_kv_heads"),
+        (["model.head_dim=33"], "model.head_dim"),
+        (["sparsity.router.moe_top_k=9"], "sparsity.router.moe_top_k"),
+        (["sparsity.router.moe_top_k=0"], "sparsity.router.moe_top_k"),
+        (["sparsity.num_experts=1"], "sparsity.router.moe_top_k"),
+        (["data.sequence_length=1025"], "data.sequence_length"),
+        ([f"model.vocab_size={MIN_VOCABULARY - 1}"], "tokenizer.vocab_size"),
+        (["tokenizer.vocab_size=5000"], "tokenizer.vocab_size"),
+        (["optimizer.betas=[0.9]"], "optimizer.betas"),
+        (["optimizer.betas=[0.9,1.0]"], "optimizer.betas"),
+        (["schedule=wsd", "schedule.decay_ratio=0.99"], "schedule.decay_ratio"),
+        (["name=.hidden"], "name"),
+        (["name=../up"], "name"),
+        (["name='a b'"], "name"),
+        (["name=''"], "name"),
+        (["optimizer.learning_rate=nan"], "optimizer.learning_rate"),
+        (["optimizer.learning_rate=inf"], "optimizer.learning_rate"),
+        (["optimizer.betas=[0.9,nan]"], "optimizer.betas[1]"),
+        (["hardware=cpu", "precision=fp16"], "precision.training"),
+        (["hardware=cpu", "precision.inference=mixed_fp16"], "precision.training"),
+    ],
+)
+def test_contradictions_are_errors(overrides: list[str], key: str) -> None:
+    assert key in error_keys(composed(*overrides))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["schedule.warmup_steps=5", "schedule.warmup_tokens=5"], "schedule.warmup_tokens"),
+        (["schedule.warmup_steps=5", "budget.steps=5"], "schedule.warmup_steps"),
+        (["budget.chinchilla_multiplier=4"], "budget.chinchilla_multiplier"),
+        (["budget.chinchilla_multiplier=51"], "budget.chinchilla_multiplier"),
+        (["hardware=v100", "precision=mixed_bf16"], "precision.training"),
+    ],
+)
+def test_what_is_unusual_is_a_warning_and_does_not_stop_the_run(overrides: list[str], key: str) -> None:
+    faults = validate(composed(*overrides))
+    assert [(fault.severity, fault.key) for fault in faults] == [(Severity.warning, key)]
+    assert not is_blocked(faults)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.hidden_size=250", "model.num_heads=3", "model.head_dim=64"],
+        ["model.num_kv_heads=1"],
+        ["sparsity.num_experts=1", "sparsity.router.moe_top_k=1"],
+        ["data.sequence_length=1024"],
+        [f"model.vocab_size={MIN_VOCABULARY}"],
+        ["budget.chinchilla_multiplier=50"],
+        ["hardware=a100", "precision=bf16"],
+        ["hardware=v100", "precision=mixed_fp16"],
+        ["checkpoint.save_total_limit=0", "evaluation.max_tokens=null", "training.batch_size=null"],
+        ["stage=generate", "stage.temperature=0", "stage.top_p=1.0"],
+    ],
+)
+def test_what_is_at_the_edge_is_allowed(overrides: list[str]) -> None:
+    assert validate(composed(*overrides)) == []
+
+
+WRONG = {
+    "at least 1": [0, -1],
+    "above 0": [0.0, -1.0],
+    "0 or more": [-1],
+    "at least 0 and below 1": [-0.1, 1.0],
+    "between 0 and 1": [-0.1, 1.1],
+    "above 0 and below 1": [0.0, 1.0],
+    "above 0 and at most 1": [0.0, 1.1],
+    "above 1": [1.0],
+}
+EVERY_BOUND = [(bound, key) for bound in BOUNDS for key in bound.keys]
+
+
+@pytest.mark.parametrize(("bound", "key"), EVERY_BOUND, ids=[key for _, key in EVERY_BOUND])
+def test_every_bound_is_kept_at_a_key_that_exists(bound: Bound, key: str) -> None:
+    assert key in all_keys()
+    for wrong in WRONG[bound.expected]:
+        run = run_with(key)
+        section = value_at(run, key.rpartition(".")[0]) if "." in key else run
+        setattr(section, key.rpartition(".")[2], wrong)
+        assert key in error_keys(run)
+
+
+def run_with(key: str) -> RunConfig:
+    """The default run, with an option of the key's group that has the key."""
+    choices = [choice for choice in options_with(key) if not choice.startswith("router")]
+    needed = {"data=files": ["data.paths=[.]"]}
+    default = composed()
+    if not choices or hasattr(value_at(default, key.rpartition(".")[0]), key.rpartition(".")[2]):
+        return default
+    return composed(choices[0], *needed.get(choices[0], []))
+
+
+def test_every_number_has_a_bound_or_a_reason_to_have_none() -> None:
+    bounded = {key for bound in BOUNDS for key in bound.keys}
+    checked_elsewhere = {"optimizer.betas", "sparsity.router.moe_top_k", "tokenizer.vocab_size"}
+    any_number_will_do = {"stage.generation_seed"}
+    describes_a_device = {key for key in all_keys() if key.startswith("hardware.")}
+    numbers = {key for key in all_keys() if any(is_number(annotation) for annotation in annotations_at(key))}
+    assert numbers - bounded - checked_elsewhere - any_number_will_do - describes_a_device == set()
+
+
+def is_number(annotation: Any) -> bool:
+    text = str(annotation)
+    return ("int" in text or "float" in text) and "bool" not in text and "enum" not in text and "str" not in text
+
+
+def test_all_faults_are_told_at_once_the_gravest_first() -> None:
+    overrides = ["model.num_heads=0", "sparsity.router.moe_top_k=99", "optimizer.learning_rate=-1", "name='/'"]
+    faults = validate(composed(*overrides, "budget.chinchilla_multiplier=1"))
+    assert {fault.key for fault in faults} >= {"model.num_heads", "sparsity.router.moe_top_k", "name"}
+    order = [list(Severity).index(fault.severity) for fault in faults]
+    assert order == sorted(order)
+    text = report(faults)
+    assert text.startswith("faults: 5 error, 1 warning\n")
+    assert all(fault.message in text for fault in faults)
+
+
+@pytest.mark.parametrize("precision", [Precision.fp16, Precision.mixed_fp16])
+def test_half_precision_on_a_cpu_is_refused_with_what_to_take(precision: Precision) -> None:
+    with pytest.raises(ConfigError, match="precision=mixed_bf16"):
+        raise_if_fatal(precision_faults(DeviceType.cpu, None, precision))
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "precision"),
+    [
+        (DeviceType.cpu, None, Precision.bf16),
+        (DeviceType.cuda, "8.0", Precision.bf16),
+        (DeviceType.cuda, "10.0", Precision.mixed_bf16),
+        (DeviceType.cuda, "7.0", Precision.mixed_fp16),
+        (DeviceType.mps, None, Precision.fp16),
+        (DeviceType.auto, None, Precision.fp16),
+    ],
+)
+def test_precisions_that_a_device_computes_in(device: DeviceType, capability: str | None, precision: Precision) -> None:
+    assert precision_faults(device, capability, precision) == []
+
+
+def test_emulated_precision_is_a_warning_which_is_not_fatal() -> None:
+    faults = precision_faults(DeviceType.cuda, "7.5", Precision.bf16)
+    assert [fault.severity for fault in faults] == [Severity.warning]
+    raise_if_fatal(faults)
+
+
+def test_the_least_vocabulary_is_that_of_the_tokenizer() -> None:
+    from ava_exp.tokenizer.bpe import MIN_VOCAB_SIZE
+
+    assert MIN_VOCAB_SIZE == MIN_VOCABULARY
+
+
+def test_no_bound_lets_nan_through() -> None:
+    assert not any(bound.holds(math.nan) for bound in BOUNDS)
