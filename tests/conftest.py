@@ -28,6 +28,7 @@ class Outcome:
 
 
 CommandLine = Callable[..., Outcome]
+"""Takes the arguments of `python -m ava_exp`."""
 
 
 @pytest.fixture

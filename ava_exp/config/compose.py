@@ -57,7 +57,7 @@ def to_run_config(config: DictConfig) -> RunConfig:
 def composition_errors_in_one_line() -> Iterator[None]:
     """Turn whatever Hydra and its libraries raise for a wrong override or file into a `ConfigError`.
 
-    Hydra raises `ValueError` and `OSError` too; the code of a run must therefore not be inside.
+    Hydra raises `ValueError` and `OSError` too: what runs inside must keep its own to itself.
     """
     try:
         yield

@@ -50,7 +50,7 @@ def raise_if_fatal(faults: Iterable[Fault]) -> None:
     """Raise ConfigError with every fault that must keep a run from starting; warnings pass."""
     fatal = [str(fault) for fault in faults if fault.severity is not Severity.warning]
     if fatal:
-        raise ConfigError(" ".join(fatal))
+        raise ConfigError("\n".join(fatal))
 
 
 def report(faults: list[Fault]) -> str:

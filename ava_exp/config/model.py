@@ -45,6 +45,8 @@ class ModelConfig:
     intermediate_size: int | None = None
     num_experts: int = 8
     load_balancing_weight: float = 0.01
+    learning_rate: float = 1.5e-4
+    """Peak learning rate of AdamW for a model of this size."""
     max_position_embeddings: int = 2048
     activation: Activation = Activation.swiglu
     norm: Norm = Norm.rms

@@ -77,15 +77,14 @@ def _check_plugin_setting(override: Override, text: str) -> None:
         )
     if "${" in text:
         raise ConfigError(f"`{text}`: settings of a launcher or sweeper are plain values, not interpolations.")
-    if key == "hydra.sweeper.params":
-        value = override.value()
-        check_sweep_parameters(value if isinstance(value, dict) else {})
-    elif key.startswith("hydra.sweeper.params."):
-        check_sweep_parameters({".".join(parts[3:]): str(override.value())})
+    if parts[1:3] == ["sweeper", "params"]:
+        raise ConfigError(f"`{text}`: sweep with `-m key=value,value`, or with a file in `sweeps/`.")
 
 
 def _check_key(override: Override, text: str, groups: set[str]) -> None:
     key = override.key_or_group
+    if not key:
+        raise ConfigError(f"`{text}` is not `key=value`; `--help` shows examples.")
     if "/" in key:
         raise ConfigError(f"`{key}` is not a group: {did_you_mean(key, groups)}")
     if override.is_delete():

@@ -83,6 +83,7 @@ BOUNDS = (
             "model.rope_theta",
             "model.initializer_range",
             "sparsity.router.routing_temperature",
+            "model.learning_rate",
             "optimizer.learning_rate",
             "optimizer.epsilon",
             "precision.init_scale",

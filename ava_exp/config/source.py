@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ CONFIG_NAME = "config"
 """The file that Hydra starts from, and the only one that may configure Hydra itself."""
 Names = list[str]
 _SCHEME = "ava-exp"
+_PACKAGE = re.compile(r"_global_|_here_|[a-z][a-z0-9_]*(\.[a-z][a-z0-9_]*)*")
 _OPEN_HYDRA_KEYS = {"mode", "verbose", *PLUGIN_SECTIONS}
 
 
@@ -62,8 +64,8 @@ class FolderSource(ConfigSource):
         except UnicodeDecodeError as error:
             raise ConfigError(f"`{path}` is not UTF-8: {error.reason} at byte {error.start}.") from error
         config = OmegaConf.load(path)
-        package = header["package"] or config_path.rpartition("/")[0].replace("/", ".")
-        check_content(OmegaConf.to_container(config), package.removeprefix("_global_"), path)
+        package = header["package"] or config_path.rpartition("/")[0].replace("/", ".") or "_global_"
+        check_content(OmegaConf.to_container(config), package, path)
         return ConfigResult(config=config, path=self.full_path(), provider=self.provider, header=header)
 
     @staticmethod
@@ -80,9 +82,11 @@ class FolderSource(ConfigSource):
 def check_content(content: Any, package: str, path: Path) -> None:
     """Raise `ConfigError` if a file names a `_target_`, an option outside its group, or closed settings of Hydra.
 
+    Where content ends up also depends on the files that include it; so `hydra` is accepted in few, plain forms only.
+
     Args:
         content: the file as plain values, interpolations unresolved.
-        package: where Hydra puts the content; empty at the top.
+        package: where the file asks to be put, `_global_` for the top.
         path: the file, for the message.
     """
     if "_target_" in _keys_of(content):
@@ -92,11 +96,20 @@ def check_content(content: Any, package: str, path: Path) -> None:
     is_start = path == folders.data_folder("conf") / f"{CONFIG_NAME}.yaml"
     for group, option in _defaults(content.get("defaults") or []):
         _check_default(group, option, path, may_set_hydra=is_start)
+    if is_start:
+        return
     settings = {key: value for key, value in content.items() if key != "defaults"}
-    for part in reversed(package.split(".") if package else []):
-        settings = {part: settings}
-    if "hydra" in settings and not is_start:
-        _check_hydra_settings(settings["hydra"], path)
+    section, _, inner = package.partition(".")
+    if not _PACKAGE.fullmatch(package) or "hydra" in inner.split("."):
+        raise ConfigError(f"`{path}`: {package!r} is no place for settings.")
+    if section == "hydra":
+        for part in reversed(inner.split(".")):
+            settings = {part: settings}
+        _check_hydra_settings(settings, path)
+    elif package == "_global_" and "hydra" in settings:
+        _check_hydra_settings(settings.pop("hydra"), path)
+    if "hydra" in _keys_of(settings):
+        raise ConfigError(f"`{path}`: `hydra` stands at the top, of a file with `# @package _global_`.")
 
 
 def _keys_of(content: Any) -> set[str]:
@@ -115,12 +128,12 @@ def _defaults(entries: Iterable[Any]) -> Iterable[tuple[str, str]]:
 
 
 def _check_default(group: str, option: str, path: Path, *, may_set_hydra: bool) -> None:
-    name, _, package = (group or option).split(" ")[-1].partition("@")
-    check_option_name(name.removeprefix("/"), f"{path}: {name}")
+    name, _, package = (group or option).split(" ")[-1].removeprefix("/").partition("@")
+    check_option_name(name, f"{path}: {name}")
     if group:
         check_option_name(option, f"{path}: {group}: {option}")
-    is_hydra = name.removeprefix("/").startswith("hydra") and name.removeprefix("/") not in PLUGIN_GROUPS
-    if not may_set_hydra and (is_hydra or package.split(".")[0] == "hydra"):
+    is_hydra = name.split("/")[0] == "hydra" and name not in PLUGIN_GROUPS
+    if not may_set_hydra and (is_hydra or "hydra" in package or not _PACKAGE.fullmatch(package or "_here_")):
         raise ConfigError(f"`{path}`: `{group or option}` would configure Hydra itself, which only config.yaml may.")
 
 

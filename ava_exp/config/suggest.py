@@ -16,7 +16,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
     ValidationError,
 )
-from yaml import MarkedYAMLError, YAMLError
+from yaml import MarkedYAMLError
 
 from ava_exp.config.run import RunConfig
 from ava_exp.config.schema import all_keys, annotations_at, field_types, in_words, options_with
@@ -27,8 +27,6 @@ def explain(error: BaseException, groups: Iterable[str] = ()) -> str:
     """Return one line for `error`; `groups` are the names that can stand left of `=` beside the keys."""
     if isinstance(error, MarkedYAMLError):
         return _yaml_error(error)
-    if isinstance(error, YAMLError):
-        return " ".join(str(error).split())
     if isinstance(error, OverrideParseException):
         return _unreadable_override(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
@@ -40,7 +38,7 @@ def explain(error: BaseException, groups: Iterable[str] = ()) -> str:
     unused = re.search(r"Could not override '([^']+)'\. No match in the defaults list", str(error))
     if unused:
         return f"{_place(error)}the group `{unused[1]}` has no part in this run: no chosen option uses it."
-    return " ".join(str(error).split("\n")[0].split()) or type(error).__name__
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _yaml_error(error: MarkedYAMLError) -> str:

@@ -92,7 +92,7 @@ class BudgetConfig:
     epochs: float | None = None
     seconds: float | None = None
     chinchilla_multiplier: float | None = None
-    """Tokens per parameter, 5 to 50; about 20 is compute-optimal for a dense model."""
+    """Tokens per parameter, 5 to 50; about 20 is compute-optimal for a dense model [hoffmann2022chinchilla] table 3."""
     chinchilla_parameters: ParameterCount = ParameterCount.active
     default_seconds: float = 200.0
 
@@ -111,18 +111,21 @@ class TrainingConfig:
 
 @dataclass(kw_only=True, slots=True)
 class EvaluationConfig:
-    """When and how much to evaluate. `interval_steps` null means ten times in the budget."""
+    """When and how much to evaluate. `interval_steps` null means ten times in the budget, at least 10 steps apart."""
 
     interval_steps: int | None = None
-    max_tokens: int | None = 100_000
-    """Validation tokens of a periodic evaluation; the last one always reads the whole validation split."""
+    max_tokens: int | None = 50_000
+    """Validation tokens of a periodic evaluation. The last one reads the whole split, unless training read less."""
     sample_prompt: str = "def "
     sample_tokens: int = 200
 
 
 @dataclass(kw_only=True, slots=True)
 class CheckpointConfig:
-    """`save_every_n_batches` null means ten times in the budget. The latest and the `save_total_limit` best stay."""
+    """When to save: `save_every_n_batches` null means ten times in the budget, at least 10 steps apart.
+
+    The latest checkpoint and the `save_total_limit` best stay.
+    """
 
     save_every_n_batches: int | None = None
     save_total_limit: int = 2

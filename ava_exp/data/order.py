@@ -1,7 +1,7 @@
 """The order of samples as a pure function: a keyed permutation that needs no memory and no state.
 
 A Feistel network is a bijection whatever its round function; on a domain slightly too large, walking along its cycle
-until an index falls inside gives a bijection of exactly the length asked for (Black and Rogaway 2002, method 2).
+until an index falls inside gives a bijection of exactly the length asked for [black2002ciphers] method 2.
 """
 
 from __future__ import annotations

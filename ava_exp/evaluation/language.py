@@ -17,7 +17,7 @@ from ava_exp.models.decoder import Decoder
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class LanguageMetrics:
-    """`loss` is nats per token; `bits_per_byte` does not depend on the tokenizer; `token_accuracy` is of the top token."""
+    """`loss` is nats per token; `bits_per_byte` is independent of the tokenizer; `token_accuracy` is of top tokens."""
 
     loss: float
     perplexity: float

@@ -19,7 +19,7 @@ def cross_entropy(logits_NV: Tensor, labels_N: Tensor, divisor: float = 1.0) -> 
     The softmax is computed in fp32 slice by slice, and its gradient with it, in the format of the logits: neither an
     fp32 copy of all logits nor their log-probabilities ever exist.
     """
-    total: Tensor = _CrossEntropy.apply(logits_NV, labels_N, divisor)
+    total: Tensor = _CrossEntropy.apply(logits_NV, labels_N, divisor)  # type: ignore[no-untyped-call]
     return total
 
 
@@ -46,7 +46,7 @@ class _CrossEntropy(torch.autograd.Function):
         return total / divisor
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         (gradient,) = ctx.saved_tensors
         # A weight of 1 is the rule, and multiplying all logits' gradients by it costs a pass over memory.
         if grad.device.type == "cpu" and grad.item() == 1:

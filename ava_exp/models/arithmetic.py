@@ -103,10 +103,10 @@ def experts_per_token(sparsity: MoEConfig) -> int:
 def forward_flops_per_token(
     model: ModelConfig, attention: AttentionConfig, sparsity: SparsityConfig, sequence_length: int
 ) -> float:
-    """Floating-point operations of one token's forward pass: 2 for each multiplied weight, and attention's two products.
+    """Floating-point operations of one token's forward pass: 2 for each multiplied weight, and attention's products.
 
-    Attention is counted causally: a token looks at (T + 1) / 2 positions on average. Softmax, norms and the rotary
-    embedding are left out, as is usual [chowdhery2022palm app. B].
+    Softmax, norms and the rotary embedding are left out, as in [chowdhery2022palm] app. B. Attention is counted
+    causally: a token looks at (T + 1) / 2 positions on average, where the paper counts all T.
     """
     assert model.head_dim is not None
     weights = 2 * count_parameters(model, attention, sparsity).multiplied

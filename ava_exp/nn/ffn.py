@@ -17,10 +17,10 @@ def num_up_rows(activation: Activation, intermediate_size: int) -> int:
 
 
 def activate(h: Tensor, activation: Activation) -> Tensor:
-    """Apply GELU, or SwiGLU [shazeer2020glu] to the concatenated gate and value: (…, 2F) → (…, F)."""
+    """Apply GELU [hendrycks2016gelu] §2, or SwiGLU [shazeer2020glu] eq. 5 to gate and value: (…, 2F) → (…, F)."""
     if activation is Activation.gelu:
         return F.gelu(h)
-    y: Tensor = _SwiGLU.apply(h)
+    y: Tensor = _SwiGLU.apply(h)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -35,7 +35,7 @@ class _SwiGLU(torch.autograd.Function):
         return F.silu(gate).mul_(value)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         (h,) = ctx.saved_tensors
         gate, value = h.chunk(2, dim=-1)
         grad_h = torch.empty_like(h)

@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 RESIDUAL_OUTPUTS = ("attention.output.weight", "feed_forward.down.weight", "feed_forward.down")
-"""Parameters that write to the residual stream: two a layer, scaled down so that its variance does not grow with depth."""
+"""Parameters that write to the residual stream: two a layer, scaled down so that depth does not grow its variance."""
 
 
 @torch.no_grad()
 def initialize(model: nn.Module, seed: int, initializer_range: float, num_layers: int) -> None:
-    """Fill every parameter in place: norms 1, biases 0, matrices normal [radford2019gpt2 §2.3]."""
+    """Fill all parameters: norms 1, biases 0, matrices normal, residual outputs scaled [radford2019gpt2] §2.3."""
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             parameter.zero_()

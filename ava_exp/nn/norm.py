@@ -8,7 +8,7 @@ from ava_exp.config.model import Norm
 
 
 def build_norm(kind: Norm, dim: int, epsilon: float) -> nn.Module:
-    """Return RMSNorm [zhang2019rmsnorm] or LayerNorm [ba2016layernorm] without a bias, over the last axis."""
+    """Return RMSNorm [zhang2019rmsnorm] eq. 4, or LayerNorm [ba2016layernorm] eq. 3 without bias, of the last axis."""
     if kind is Norm.rms:
         return nn.RMSNorm(dim, eps=epsilon)
     return nn.LayerNorm(dim, eps=epsilon, bias=False)

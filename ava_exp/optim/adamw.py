@@ -1,4 +1,4 @@
-"""AdamW [loshchilov2019adamw], torch's fused implementation (3.6 times the loop over tensors on a CPU)."""
+"""AdamW [loshchilov2019adamw] alg. 2, torch's fused implementation (3.6 times the loop over tensors on a CPU)."""
 
 from __future__ import annotations
 

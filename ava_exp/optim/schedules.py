@@ -76,7 +76,10 @@ class Linear(Schedule):
 
 @dataclass(kw_only=True, slots=True)
 class WarmupStableDecay(Schedule):
-    """A plateau, then a straight line down over the last `decay_ratio` of the budget [hu2024minicpm] §4."""
+    """A plateau, then a straight line down over the last `decay_ratio` of the budget [hu2024minicpm] §4.2.
+
+    The paper's decay is exponential.
+    """
 
     decay_ratio: float
 
@@ -95,7 +98,7 @@ class Constant(Schedule):
 
 @dataclass(kw_only=True, slots=True)
 class InverseSqrt(Schedule):
-    """√(warm-up / step) [vaswani2017attention] §5.3, never below the minimum."""
+    """√(warm-up / step) [vaswani2017attention] eq. 3, never below the minimum."""
 
     def shape(self, progress: float, step: int) -> float:
         return max(self.min_lr_ratio, math.sqrt(max(1, self.num_warmup_steps) / (step + 1)))

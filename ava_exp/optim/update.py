@@ -18,7 +18,7 @@ from ava_exp.optim.groups import parameter_groups
 
 @dataclass(kw_only=True, slots=True)
 class LossScale:
-    """Dynamic loss scale [micikevicius2018mixed] §3.2 for fp16; a scale of 1 that never moves elsewhere."""
+    """Loss scale [micikevicius2018mixed] §3.2 for fp16, adapted while training; elsewhere 1, which never moves."""
 
     scale: float = 1.0
     scale_factor: float = 2.0
@@ -42,7 +42,7 @@ class LossScale:
 class Updater:
     """Owns the optimizer, its master weights and the loss scale of one model.
 
-    `wide_states` computes updates and keeps optimizer states in fp32 for 16-bit weights, whose rounding is not remembered.
+    `wide_states` computes updates and keeps optimizer states in fp32 for 16-bit weights whose rounding is forgotten.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Updater:
 
     @torch.no_grad()
     def apply(self, learning_rate: float, max_norm: float) -> tuple[float, bool]:
-        """Unscale, clip to `max_norm` (global L2) and update. Return the norm before clipping and whether it was applied.
+        """Unscale, clip to `max_norm` (global L2) and update; return the norm before clipping, and whether it was done.
 
         Nothing changes but the loss scale when the norm is not finite.
         """
@@ -110,7 +110,8 @@ class Updater:
         """Copy the masters into the model's 16-bit weights; without `master_weights` they take the rounding over."""
         if not self.wide:
             return
-        rounded, masters = list(self.model_parameters.values()), list(self.weights.values())
+        rounded: list[Tensor] = list(self.model_parameters.values())
+        masters = list(self.weights.values())
         torch._foreach_copy_(rounded, masters)
         if self.forget_masters:
             torch._foreach_copy_(masters, rounded)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -23,6 +24,9 @@ from ava_exp.optim.update import LossScale, Updater
 from ava_exp.runtime import DTYPES, Runtime
 from ava_exp.training.loop import Record, Trainer
 from ava_exp.training.state import TrainState
+
+SHORTEST_INTERVAL = 10
+"""Steps between evaluations or checkpoints, where the configuration leaves it to the budget, are at least this many."""
 
 NUMERIC_PACKAGES = ("data", "losses", "models", "nn", "optim", "tokenizer", "training")
 """Packages whose code decides a run's numbers."""
@@ -96,34 +100,45 @@ def build_schedule(config: RunConfig, runtime: Runtime, total_steps: int) -> Sch
 
 
 def build_evaluation(
-    config: RunConfig, runtime: Runtime, data: PreparedData, model: Decoder, updater: Updater | None
-) -> Callable[[bool], LanguageMetrics]:
-    """Return the function that measures `model`: on part of the validation split, or on all of it at the end."""
+    config: RunConfig,
+    runtime: Runtime,
+    data: PreparedData,
+    model: Decoder,
+    updater: Updater,
+    state: TrainState,
+    is_stopping: Callable[[], bool],
+) -> Callable[[bool], LanguageMetrics | None]:
+    """Return the function that measures `model`: on part of the validation split, and at the end on all of it.
 
-    def evaluate(final: bool) -> LanguageMetrics:
+    A run that trained on fewer tokens than the split has is measured on part of it at the end, too. Once
+    `is_stopping` says so, the measurement is given up and None returned.
+    """
+
+    def evaluate(final: bool) -> LanguageMetrics | None:
+        whole = final and state.tokens >= data.validation.num_tokens
         batches = EvaluationLoader(
             data.validation,
             sequence_length=config.data.sequence_length,
             batch_size=runtime.resolution.batch_size,
-            max_tokens=None if final else config.evaluation.max_tokens,
+            max_tokens=None if whole else config.evaluation.max_tokens,
         )
         measured = inference_copy(config, runtime, model, updater)
-        return evaluate_language(measured, batches, data.tokenizer.token_bytes(), runtime.device)
+        until_stop = itertools.takewhile(lambda batch: not is_stopping(), batches)
+        metrics = evaluate_language(measured, until_stop, data.tokenizer.token_bytes(), runtime.device)
+        return None if is_stopping() else metrics
 
     return evaluate
 
 
-def inference_copy(config: RunConfig, runtime: Runtime, model: Decoder, updater: Updater | None) -> Decoder:
+def inference_copy(config: RunConfig, runtime: Runtime, model: Decoder, updater: Updater) -> Decoder:
     """Return the model in the inference precision: itself when that is the training precision, else a copy."""
     inference = config.precision.inference
     if inference in (None, Precision.auto, runtime.precision):
         return model
     duplicate = copy.deepcopy(model).to(DTYPES[inference])
-    weights = updater.weights if updater is not None else {}
     with torch.no_grad():
         for name, parameter in duplicate.named_parameters():
-            if name in weights:
-                parameter.copy_(weights[name])
+            parameter.copy_(updater.weights[name])
     return duplicate
 
 
@@ -136,12 +151,14 @@ def build_trainer(
     model: Decoder,
     updater: Updater,
     state: TrainState | None = None,
+    is_stopping: Callable[[], bool] = lambda: False,
     save: Callable[[TrainState], None] | None = None,
     sinks: Sequence[Callable[[Record], None]] = (),
 ) -> Trainer:
     """Put the parts of a run together."""
-    interval = max(1, total_steps // 10)
+    interval = max(SHORTEST_INTERVAL, total_steps // 10)
     peak = runtime.resolution.peak_tflops
+    state = state or TrainState()
     return Trainer(
         model,
         build_loader(config, runtime, data),
@@ -155,7 +172,7 @@ def build_trainer(
         log_interval=config.training.log_interval,
         evaluation_interval=config.evaluation.interval_steps or interval,
         save_interval=config.checkpoint.save_every_n_batches or interval,
-        evaluate=build_evaluation(config, runtime, data, model, updater),
+        evaluate=build_evaluation(config, runtime, data, model, updater, state, is_stopping),
         save=save,
         sinks=sinks,
         device=runtime.device,

@@ -23,9 +23,7 @@ def run(config: RunConfig) -> int:
         batch_size=trained.runtime.resolution.batch_size,
         max_tokens=config.stage.max_tokens,
     )
-    metrics = evaluate_language(
-        trained.model, batches, trained.data.tokenizer.token_bytes(), trained.runtime.device
-    )
+    metrics = evaluate_language(trained.model, batches, trained.data.tokenizer.token_bytes(), trained.runtime.device)
     baselines = trained.data.baselines
     report = {
         "run": trained.folder.root.name,

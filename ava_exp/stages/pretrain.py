@@ -9,13 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from ava_exp.config.identity import difference_from_default, run_id, to_plain
 from ava_exp.config.run import RunConfig
 from ava_exp.data.prepare import PreparedData
-from ava_exp.errors import EXIT_OK, EXIT_RESUMABLE, CheckpointError
+from ava_exp.errors import EXIT_OK, EXIT_RESUMABLE, CheckpointError, RunFolderError
 from ava_exp.generation.sampling import sample_tokens
 from ava_exp.models.decoder import Decoder
 from ava_exp.optim.update import Updater
@@ -23,21 +22,30 @@ from ava_exp.runtime import Runtime, open_runtime
 from ava_exp.stages import assembly
 from ava_exp.tracking.folder import RunFolder, new_attempt, newest_attempt
 from ava_exp.tracking.lock import RunLock
-from ava_exp.tracking.logs import configure_logging
+from ava_exp.tracking.logs import RecordLog, configure_logging
 from ava_exp.tracking.metadata import collect_metadata
 from ava_exp.tracking.metrics import MetricsFile, of_kind, read_metrics
 from ava_exp.tracking.redaction import redact
 from ava_exp.tracking.report import write_report
 from ava_exp.tracking.trackers import RunStatus, TrackedRun
-from ava_exp.tracking.view import View, open_view
+from ava_exp.tracking.view import open_view
 from ava_exp.training.budget import resolve_total_steps
-from ava_exp.training.checkpoint import newest_good_checkpoint, read_checkpoint, resolve_checkpoint, sweep_leftovers
+from ava_exp.training.checkpoint import (
+    newest_good_checkpoint,
+    read_checkpoint,
+    resolve_checkpoint,
+    set_aside_after,
+    sweep_leftovers,
+)
 from ava_exp.training.loop import Outcome, measure_seconds_per_step
-from ava_exp.training.saver import CheckpointSaver, restore_snapshot, take_snapshot
+from ava_exp.training.saver import CheckpointSaver, restore_snapshot, seed_random_state, take_snapshot
 from ava_exp.training.signals import SignalRequests
 from ava_exp.training.state import TrainState
 
 logger = logging.getLogger(__name__)
+
+ORIGIN = "origin.json"
+"""Where an attempt began, when that is another run's checkpoint."""
 
 
 def run(config: RunConfig) -> int:
@@ -50,19 +58,31 @@ def run(config: RunConfig) -> int:
         except BaseException as error:
             # The terminal gets it from the command line; here it is for the run's own files.
             logger.debug("the run ended with %s", type(error).__name__, exc_info=True)
-            _write_status(folder, RunStatus.failed)
+            try:
+                _write_status(folder, RunStatus.failed)
+            except RunFolderError as another:  # on a full disk: what went wrong first is what matters
+                logger.warning("the run's status is not up to date: %s", another)
             raise
 
 
 def choose_attempt(config: RunConfig) -> RunFolder:
-    """Return the folder to work in: the newest attempt at this run, or a new one where `resume` asks for that."""
+    """Return the folder to work in: the newest attempt at this run, or a new one where `resume` asks for that.
+
+    A path is looked at before a folder is made, so that a refused one leaves no empty attempt to go on with. What it
+    leads to is written down: `outputs/latest` will soon lead to the new attempt itself.
+    """
     output_dir, name = Path(config.output_dir), run_id(config)
     newest = newest_attempt(output_dir, name)
     if newest is not None and config.resume != "never":
-        started_from = (newest.read_json("metadata.json") or {}).get("resumed_from")
-        if config.resume == "auto" or started_from == config.resume:
+        asked_for = newest.read_json(ORIGIN, {}).get("resume")
+        if config.resume in ("auto", asked_for):
             return newest.create()
-    return new_attempt(output_dir, name)
+    if config.resume in ("auto", "never"):
+        return new_attempt(output_dir, name)
+    checkpoint = resolve_checkpoint(Path(config.resume))
+    folder = new_attempt(output_dir, name)
+    folder.write_json(ORIGIN, {"resume": config.resume, "checkpoint": str(checkpoint.resolve())})
+    return folder
 
 
 class Pretraining:
@@ -78,13 +98,15 @@ class Pretraining:
         if self._is_finished():
             _tell(f"This run is finished. Its report: {self.folder.report}")
             _tell("Raise the budget to train it further, or start again with `resume=never`.")
+            artifacts = [self.folder.report, self.folder.config]
+            self.config.tracker.build().catch_up(self._tracked(), RunStatus.finished, artifacts)
             return EXIT_OK
         _tell(f"Run folder: {self.folder.root}")
         runtime = self._open_runtime()
         data = assembly.prepare(self.config, _tell)
         self._describe(runtime)
         total_steps = self._total_steps(runtime, data)
-        torch.manual_seed(self.config.seed)
+        seed_random_state(self.config.seed)
         model = assembly.build_decoder(self.config, runtime)
         updater = assembly.build_updater(self.config, runtime, model)
         state = self._restore(updater, data)
@@ -131,10 +153,7 @@ class Pretraining:
         self.folder.config.write_text(text, encoding="utf-8")
         difference = {key: list(pair) for key, pair in difference_from_default(self.config).items()}
         self.folder.write_json("difference.json", redact(difference))
-        metadata = collect_metadata(sys.orig_argv)
-        if self.config.resume not in ("auto", "never"):
-            metadata["resumed_from"] = self.config.resume
-        self.folder.write_json("metadata.json", metadata)
+        self.folder.write_json("metadata.json", collect_metadata(sys.orig_argv))
 
     def _total_steps(self, runtime: Runtime, data: PreparedData) -> int:
         """Resolve the budget; a limit in seconds is turned into steps by a measurement that is made once and kept."""
@@ -167,26 +186,34 @@ class Pretraining:
         )
 
     def _restore(self, updater: Updater, data: PreparedData) -> TrainState:
-        """Put the newest good checkpoint back, if there is one, and cut the metrics back to it."""
-        sweep_leftovers(self.folder.checkpoints)
+        """Put the newest good checkpoint back, if there is one, and let the folder hold nothing that comes after it."""
         found, problems = newest_good_checkpoint(self.folder.checkpoints)
         for problem in problems:
             logger.warning(problem)
-        if found is None and self.config.resume not in ("auto", "never"):
-            found = resolve_checkpoint(Path(self.config.resume))
-        if found is None:
-            state = TrainState()
+        if found is not None:
+            # An optimizer that was reset when this attempt began at another run's checkpoint is not reset again.
+            state = self._read(found, updater, data, reset_optimizer=self.config.resume == "auto")
+        elif origin := self.folder.read_json(ORIGIN):
+            state = self._read(Path(origin["checkpoint"]), updater, data, reset_optimizer=True)
         else:
-            snapshot = read_checkpoint(found)
-            self._check_inputs(snapshot.state["fingerprints"], assembly.fingerprints(data))
-            state = restore_snapshot(snapshot, updater, reset_optimizer=self.config.reset_optimizer)
-            _tell(f"Going on from step {state.step} ({found}).")
+            state = TrainState()
+        sweep_leftovers(self.folder.checkpoints)
+        set_aside_after(self.folder.checkpoints, state.step)
         with MetricsFile(self.folder.metrics) as metrics:
             metrics.cut_back(state.step)
         return state
 
-    def _check_inputs(self, saved: dict[str, str], present: dict[str, str]) -> None:
-        changed = [name for name in present if saved.get(name) != present[name]]
+    def _read(self, checkpoint: Path, updater: Updater, data: PreparedData, *, reset_optimizer: bool) -> TrainState:
+        snapshot = read_checkpoint(checkpoint)
+        self._check_inputs(snapshot.state.get("fingerprints"), assembly.fingerprints(data))
+        reset_optimizer = reset_optimizer and self.config.reset_optimizer
+        state = restore_snapshot(snapshot, updater, reset_optimizer=reset_optimizer)
+        _tell(f"Going on from step {state.step} ({checkpoint}){', with a new optimizer' if reset_optimizer else ''}.")
+        return state
+
+    def _check_inputs(self, saved: Any, present: dict[str, str]) -> None:
+        known = saved if isinstance(saved, dict) else {}
+        changed = [name for name in present if known.get(name) != present[name]]
         if not changed:
             return
         sentence = f"{' and '.join(changed)} changed since the checkpoint was made"
@@ -222,7 +249,10 @@ class Pretraining:
         with MetricsFile(self.folder.metrics) as metrics, open_view(total_steps, self._title(total_steps)) as view:
 
             def save(state: TrainState) -> None:
-                metrics.sync()
+                try:
+                    metrics.sync()
+                except OSError as error:  # worth less than the checkpoint that follows
+                    logger.warning("metrics up to step %d may not survive a loss of power: %s", state.step, error)
                 saver.save(take_snapshot(updater, state, extra), state.evaluations)
 
             trainer = assembly.build_trainer(
@@ -233,26 +263,21 @@ class Pretraining:
                 model=model,
                 updater=updater,
                 state=state,
+                is_stopping=lambda: self.requests.stop is not None,
                 save=save,
-                sinks=(metrics.append, view.update),
+                sinks=(metrics.append, view.update, RecordLog(total_steps).append),
             )
             try:
                 outcome = trainer.fit(self.requests)
             finally:
                 saver.wait()
-            self._check_saved(saver, view)
+            saver.finish()
             return outcome
-
-    def _check_saved(self, saver: CheckpointSaver, view: View) -> None:
-        if saver.last_save_failed:
-            view.message(f"The last checkpoint could not be saved; the newest good one is in {self.folder.checkpoints}.")
 
     def _title(self, total_steps: int) -> list[str]:
         counts = assembly.sizes(self.config)
-        return [
-            f"{self.folder.root.name}: {counts['total'] / 1e6:.1f} M parameters, {counts['active'] / 1e6:.1f} M active, "
-            f"{self.resolution['runtime']['precision']}, {total_steps} steps"
-        ]
+        size = f"{counts['total'] / 1e6:.1f} M parameters, {counts['active'] / 1e6:.1f} M active"
+        return [f"{self.folder.root.name}: {size}, {self.resolution['runtime']['precision']}, {total_steps} steps"]
 
     def _write_samples(self, model: Decoder, data: PreparedData) -> None:
         prompt = self.config.evaluation.sample_prompt
@@ -283,7 +308,7 @@ class Pretraining:
                 "tokens": state.tokens,
                 "seconds": state.elapsed_s,
                 "tokens_per_s": statistics.median(r["tokens_per_s"] for r in steps) if steps else None,
-                "mfu": statistics.median(r["mfu"] or 0.0 for r in steps) if steps else None,
+                "mfu": statistics.median(r["mfu"] for r in steps) if steps and steps[-1]["mfu"] else None,
                 "data": {
                     "train_documents": statistics_of.train.num_documents,
                     "validation_documents": statistics_of.validation.num_documents,

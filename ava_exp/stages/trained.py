@@ -62,9 +62,7 @@ def open_trained_run(config: RunConfig, run: str | None) -> TrainedRun:
     if trained.precision.inference is not None:
         model = model.to(DTYPES[trained.precision.inference])
     load_weights(snapshot, dict(model.named_parameters()))
-    return TrainedRun(
-        folder=folder, config=trained, runtime=runtime, data=data, model=model.eval(), step=snapshot.step
-    )
+    return TrainedRun(folder=folder, config=trained, runtime=runtime, data=data, model=model.eval(), step=snapshot.step)
 
 
 def find_run(config: RunConfig, run: str | None) -> RunFolder:
@@ -75,7 +73,9 @@ def find_run(config: RunConfig, run: str | None) -> RunFolder:
         folder = newest_attempt(output_dir, run_id(config))
         if folder is None:
             known = f"Name one with `stage.run=`: {', '.join(runs)}." if runs else "There are no runs yet: train one."
-            raise RunFolderError(f"the run {run_id(config)}, which this command line describes, does not exist. {known}")
+            raise RunFolderError(
+                f"the run {run_id(config)}, which this command line describes, does not exist. {known}"
+            )
         return folder
     for candidate in (output_dir / "latest" if run == "latest" else output_dir / "runs" / run, Path(run)):
         if candidate.is_dir():

@@ -1,4 +1,4 @@
-"""Byte-level byte-pair encoding, trained on the text at hand."""
+"""Byte-level [radford2019gpt2] §2.2 byte-pair encoding [sennrich2016bpe] §3.2, trained on the text at hand."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter, StrMeth
 from ava_exp.tracking.experts import expert_summary, relative_load
 from ava_exp.tracking.files import unwritable
 from ava_exp.tracking.folder import RunFolder
-from ava_exp.tracking.metrics import Record, read_metrics
+from ava_exp.tracking.metrics import Record, of_kind, read_metrics
 from ava_exp.tracking.text import evenly
 
 BLUE, ORANGE, GREEN, RED, GREY = "#2f6fb2", "#e07b1a", "#2e9e6b", "#c8443c", "#7a828c"
@@ -54,9 +54,7 @@ class History:
 
     train: list[Record]
     evaluations: list[Record]
-    """Those on a part of the validation split, at intervals."""
-    final: list[Record]
-    """The one on the whole split, where the run got that far."""
+    """The last one is on the whole validation split, if the run got that far."""
     routed: list[Record]
     """The `train` records that tell the load of experts."""
     baselines: dict[str, float]
@@ -65,12 +63,10 @@ class History:
 def read_history(folder: RunFolder) -> History:
     """Sort the records of a run by what they say."""
     records = read_metrics(folder.metrics)
-    train = [record for record in records if record["kind"] == "train"]
-    evaluations = [record for record in records if record["kind"] == "eval"]
+    train = of_kind(records, "train")
     return History(
         train=train,
-        evaluations=[record for record in evaluations if not record.get("final")],
-        final=[record for record in evaluations if record.get("final")],
+        evaluations=of_kind(records, "eval"),
         routed=[record for record in train if record.get("expert_load")],
         baselines=folder.read_json("summary.json", {}).get("baselines") or {},
     )
@@ -132,11 +128,11 @@ def _curve(axis: Axes, steps: np.ndarray, values: np.ndarray, colour: str, label
 
 
 def _evaluations(axis: Axes, history: History, name: str, label: str) -> None:
-    """Draw the periodic evaluations as a line and the last one, on the whole split, as a diamond."""
+    """Draw the evaluations as a line, with a diamond at those on the whole split."""
     axis.plot(*_series(history.evaluations, name), color=ORANGE, marker="o", markersize=4, label=label)
-    if history.final:
-        whole: dict[str, Any] = {"marker": "D", "markersize": 7, "linestyle": "", "label": f"{label} (whole split)"}
-        axis.plot(*_series(history.final, name), color=ORANGE, **whole)
+    if whole := [record for record in history.evaluations if record.get("final")]:
+        steps, values = _series(whole, name)
+        axis.plot(steps, values, color=ORANGE, marker="D", markersize=7, linestyle="", label=f"{label} (whole split)")
 
 
 def draw_loss(history: History) -> Figure:
@@ -156,7 +152,7 @@ def draw_bits_per_byte(history: History) -> Figure:
     for name, value in history.baselines.items():
         label, style = BASELINES[name]
         axis.axhline(value, color=GREY, linestyle=style, linewidth=1.4, label=f"{label} ({value:.2f})")
-    last = (history.final or history.evaluations)[-1]
+    last = history.evaluations[-1]
     axis.annotate(
         f"{last['bits_per_byte']:.2f}",
         (last["step"], last["bits_per_byte"]),
@@ -229,7 +225,7 @@ def draw_experts(history: History) -> Figure:
         axis.set_visible(False)
     figure.suptitle("Expert utilisation by layer and time", x=0.01, ha="left", fontsize=11, fontweight="bold")
     figure.supxlabel("step", fontsize=9.5, color=STYLE["axes.labelcolor"])
-    figure.colorbar(image, ax=axes, label="tokens, in units of the balanced share", pad=0.02)
+    figure.colorbar(image, ax=axes, label="× balanced share", pad=0.02)
     return figure
 
 
@@ -262,7 +258,7 @@ def draw_balance(history: History) -> Figure:
 
 FIGURES: dict[str, tuple[Callable[[History], bool], Callable[[History], Figure]]] = {
     "loss": (lambda history: bool(history.train), draw_loss),
-    "bits_per_byte": (lambda history: bool(history.evaluations or history.final), draw_bits_per_byte),
+    "bits_per_byte": (lambda history: bool(history.evaluations), draw_bits_per_byte),
     "optimisation": (lambda history: bool(history.train), draw_optimisation),
     "throughput": (lambda history: bool(history.train), draw_throughput),
     "experts": (lambda history: bool(history.routed), draw_experts),

@@ -13,6 +13,7 @@ from typing import Any
 
 from ava_exp.errors import RunFolderError, must_be
 from ava_exp.tracking.files import to_json, unwritable, write_atomically
+from ava_exp.tracking.redaction import redact
 
 logger = logging.getLogger(__name__)
 
@@ -107,8 +108,12 @@ class RunFolder:
         return self
 
     def write_json(self, name: str, value: Any) -> None:
-        """Replace the file `name` of this folder whole. Raises `RunFolderError` where it cannot be written."""
-        write_atomically(self.root / name, to_json(value, indent=2) + "\n")
+        """Replace the file `name` of this folder whole, without secrets.
+
+        Raises:
+            RunFolderError: The file cannot be written.
+        """
+        write_atomically(self.root / name, to_json(redact(value), indent=2) + "\n")
 
     def read_json(self, name: str, default: Any = None) -> Any:
         """Return the content of the file `name`, or `default` where there is none.

@@ -10,9 +10,11 @@ from types import TracebackType
 from typing import IO
 
 from ava_exp.tracking.folder import RunFolder
+from ava_exp.tracking.metrics import Record, describe_evaluation, describe_step
 from ava_exp.tracking.redaction import redact_text
 
 ROOT = "ava_exp"
+TRAINING = "ava_exp.training"
 EVALUATION = "ava_exp.evaluation"
 
 
@@ -42,12 +44,28 @@ def _is_evaluation(record: logging.LogRecord) -> bool:
     return record.name == EVALUATION or record.name.startswith(EVALUATION + ".")
 
 
+class RecordLog:
+    """Puts records of the metrics file into words: every `interval`-th step and the last one, and every evaluation."""
+
+    def __init__(self, total_steps: int, interval: int = 50) -> None:
+        self.total_steps = total_steps
+        self.interval = interval
+
+    def append(self, record: Record) -> None:
+        """Log a record, if it is one to log."""
+        if record["kind"] == "eval":
+            logging.getLogger(EVALUATION).info("%s", describe_evaluation(record))
+        elif record["step"] % self.interval == 0 or record["step"] == self.total_steps:
+            logging.getLogger(TRAINING).info("%s", describe_step(record, self.total_steps))
+
+
 class LogFiles:
     """The handlers of one run; closing takes them off the logger. A context manager."""
 
     def __init__(self, handlers: list[logging.Handler]) -> None:
         self._handlers = handlers
         logger = logging.getLogger(ROOT)
+        self._level_before = logger.level
         logger.setLevel(logging.DEBUG)
         for handler in handlers:
             logger.addHandler(handler)
@@ -58,6 +76,8 @@ class LogFiles:
         for handler in self._handlers:
             logger.removeHandler(handler)
             handler.close()
+        if self._handlers:
+            logger.setLevel(self._level_before)
         self._handlers = []
 
     def __enter__(self) -> LogFiles:

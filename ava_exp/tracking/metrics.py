@@ -152,3 +152,26 @@ def metric_values(record: Record) -> dict[str, float]:
     for layer, load in enumerate(record.get("expert_load") or ()):
         values |= {f"experts/layer_{layer}/{name}": value for name, value in expert_summary(load).items()}
     return values
+
+
+def describe_step(record: Record, total_steps: int) -> str:
+    """Say a `train` record in one line."""
+    parts = [
+        f"step {record['step']:>{len(str(total_steps))}}/{total_steps}",
+        f"loss {record['loss']:.3f}",
+        f"learning rate {record['learning_rate']:.2e}",
+        f"gradient norm {record['grad_norm']:.2f}",
+        f"{record['tokens_per_s']:,.0f} tokens/s",
+    ]
+    if record.get("mfu") is not None:
+        parts.append(f"MFU {record['mfu']:.1%}")
+    return "  ".join(parts)
+
+
+def describe_evaluation(record: Record) -> str:
+    """Say an `eval` record in one line."""
+    name = "final evaluation" if record.get("final") else f"evaluated at step {record['step']:,}"
+    return (
+        f"{name}: {record['bits_per_byte']:.3f} bits per byte, loss {record['loss']:.3f}, "
+        f"{record['token_accuracy']:.1%} right"
+    )

@@ -145,11 +145,11 @@ class Destination:
     """One run in MLflow. After any error it is thrown away: a new one asks MLflow what it has."""
 
     def __init__(self, client: MlflowClient, order: dict[str, Any]) -> None:
-        folder = RunFolder(Path(order["folder"]))
-        run = find_or_create_run(client, order, own_name(folder))
         self._client = client
+        self._folder = RunFolder(Path(order["folder"]))
+        self._name = own_name(self._folder)
+        run = find_or_create_run(client, order, self._name)
         self._run_id: str = run.info.run_id
-        self._path = folder.metrics
         self._position = 0
         self._inode: int | None = None
         self._num_records = 0
@@ -174,15 +174,16 @@ class Destination:
         tell(sent=self._num_records)
 
     def end(self, status: str, artifacts: list[str]) -> None:
-        """Copy the files and close the run."""
+        """Copy the files, close the run, and write down that nothing is left to send."""
         for path in artifacts:
             self._client.log_artifact(self._run_id, path)
         self._client.set_terminated(self._run_id, status)
+        self._folder.write_json(self._folder.tracker.name, {"name": self._name, "complete": True})
 
     def _new_records(self) -> Iterator[Record]:
-        if not self._path.exists():
+        if not self._folder.metrics.exists():
             return
-        with open(self._path, "rb") as file:
+        with open(self._folder.metrics, "rb") as file:
             state = os.fstat(file.fileno())
             if state.st_ino != self._inode or state.st_size < self._position:  # the file was cut back
                 self._inode, self._position, self._num_records = state.st_ino, 0, 0
@@ -228,11 +229,9 @@ def _plain_key(key: str) -> str:
 
 def own_name(folder: RunFolder) -> str:
     """Return the name under which MLflow knows this folder; written before MLflow hears of it, hence never lost."""
-    name = folder.read_json(folder.tracker.name, {}).get("name")
-    if name is None:
-        name = uuid.uuid4().hex
-        folder.write_json(folder.tracker.name, {"name": name})
-    return str(name)
+    name = str(folder.read_json(folder.tracker.name, {}).get("name") or uuid.uuid4().hex)
+    folder.write_json(folder.tracker.name, {"name": name, "complete": False})
+    return name
 
 
 def find_or_create_run(client: MlflowClient, order: dict[str, Any], name: str) -> Run:

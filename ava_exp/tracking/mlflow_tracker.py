@@ -24,6 +24,7 @@ from ava_exp.tracking.trackers import RunStatus, TrackedRun
 logger = logging.getLogger(__name__)
 
 SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks")
+NOTE_TAG = "mlflow.note.content"
 PATIENCE_S = 10.0
 """How long `finish` waits for a tracker that is slow, locked or absent."""
 
@@ -31,7 +32,8 @@ PATIENCE_S = 10.0
 class MLflowTracker:
     """Follows a run with `ava_exp.tracking.mlflow_follower` in a child process of low priority.
 
-    `uri` null is a SQLite database in the output folder. `tags` are attached to the MLflow run.
+    `uri` null is a SQLite database in the output folder. `tags` are attached to the MLflow run; the tag `note` becomes
+    the run's description.
 
     Raises:
         ConfigError: MLflow cannot write to a `uri` of this kind.
@@ -45,7 +47,7 @@ class MLflowTracker:
             raise ConfigError(must_be("tracker.uri", f"null or begin with one of {kinds}", redact_text(uri)))
         self.uri = uri
         self.experiment_name = experiment_name
-        self.tags = dict(tags)
+        self.tags = {NOTE_TAG if name == "note" else name: text for name, text in tags.items()}
         self.patience_s = patience_s
         self._child: _Child | None = None
 
@@ -75,6 +77,12 @@ class MLflowTracker:
             self._child.say({"status": status, "artifacts": [path.resolve() for path in artifacts if path.exists()]})
             self._child.end(self.patience_s)
             self._child = None
+
+    def catch_up(self, run: TrackedRun, status: RunStatus, artifacts: Sequence[Path] = ()) -> None:
+        """Send what earlier processes of a run that has ended could not, if there is anything."""
+        if not run.folder.read_json(run.folder.tracker.name, {}).get("complete"):
+            self.start(run)
+            self.finish(status, artifacts)
 
 
 class _Child:

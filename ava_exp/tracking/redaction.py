@@ -42,7 +42,7 @@ def _hide_value(match: re.Match[str]) -> str:
 
 
 def redact(value: Any) -> Any:
-    """Return a copy without secrets: values of keys that look like secrets, and what `redact_text` finds."""
+    """Return a copy without secrets: what stands under keys that look like secrets, numbers excepted, and in texts."""
     if isinstance(value, dict):
         return {key: _redact_item(str(key), item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -55,4 +55,4 @@ def _redact_item(key: str, value: Any) -> Any:
         return redact(value)
     if isinstance(value, list | tuple):
         return [_redact_item(key, item) for item in value]
-    return value if value in (None, "") or isinstance(value, bool) else HIDDEN
+    return HIDDEN if value and isinstance(value, str | dict) else value

@@ -280,6 +280,7 @@ def _origins(run: RunFiles) -> str:
     tables = [
         ("Data", run.summary.get("data")),
         ("Tokenizer", run.summary.get("tokenizer")),
+        ("Precision and batch", run.summary.get("runtime")),
         ("Machine", metadata),
         ("Versions", run.metadata.get("packages")),
     ]

@@ -42,6 +42,9 @@ class Tracker(Protocol):
     def finish(self, status: RunStatus, artifacts: Sequence[Path] = ()) -> None:
         """Hand over the rest, the files and the status; wait a few seconds at most. Nothing started: do nothing."""
 
+    def catch_up(self, run: TrackedRun, status: RunStatus, artifacts: Sequence[Path] = ()) -> None:
+        """Hand over what earlier processes of a run that has ended could not, if there is anything."""
+
 
 class NoTracker:
     """Tracks nothing; the run folder has everything all the same."""
@@ -50,4 +53,7 @@ class NoTracker:
         """Do nothing."""
 
     def finish(self, status: RunStatus, artifacts: Sequence[Path] = ()) -> None:
+        """Do nothing."""
+
+    def catch_up(self, run: TrackedRun, status: RunStatus, artifacts: Sequence[Path] = ()) -> None:
         """Do nothing."""

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ava_exp.tracking.experts import expert_summary, relative_load
-from ava_exp.tracking.metrics import Record
+from ava_exp.tracking.metrics import Record, describe_evaluation, describe_step
 from ava_exp.tracking.text import Curve, block, evenly, format_bytes, format_count, format_seconds, resample, sparkline
 
 REFRESH_S = 0.25
@@ -65,7 +65,7 @@ class View(ABC):
                 self.event(f"step {record['step']:,} was skipped")
         else:
             self.evaluation = record
-            self.event(_evaluation_line(record))
+            self.event(describe_evaluation(record))
 
     def message(self, text: str) -> None:
         """Print a line that stays."""
@@ -95,14 +95,6 @@ class View(ABC):
         return None
 
 
-def _evaluation_line(record: Record) -> str:
-    name = "final evaluation" if record.get("final") else f"evaluated at step {record['step']:,}"
-    return (
-        f"{name}: {record['bits_per_byte']:.3f} bits per byte, loss {record['loss']:.3f}, "
-        f"{record['token_accuracy']:.1%} right"
-    )
-
-
 def _memory_bytes(record: Record) -> float:
     """Return what the run measured, else the most that this process has used."""
     unit = 1 if sys.platform == "darwin" else 1024
@@ -130,22 +122,9 @@ class LineView(View):
         if step >= min(self._next_step, self.total_steps) or now >= self._next_s:
             self._next_step = step + LINE_FRACTION * self.total_steps
             self._next_s = now + LINE_S
-            self.message(self._line())
-
-    def _line(self) -> str:
-        train = self.train
-        parts = [
-            f"step {train['step']:>{len(str(self.total_steps))}}/{self.total_steps}",
-            f"loss {train['loss']:.3f}",
-            f"learning rate {train['learning_rate']:.2e}",
-            f"gradient norm {train['grad_norm']:.2f}",
-            f"{train['tokens_per_s']:,.0f} tokens/s",
-        ]
-        if train.get("mfu") is not None:
-            parts.append(f"MFU {train['mfu']:.1%}")
-        if not math.isnan(remaining := self.remaining_s()):
-            parts.append(f"{format_seconds(remaining)} left")
-        return "  ".join(parts)
+            remaining = self.remaining_s()
+            left = f"  {format_seconds(remaining)} left" if remaining > 0 else ""
+            self.message(describe_step(self.train, self.total_steps) + left)
 
 
 class PanelView(View):
@@ -210,7 +189,7 @@ class PanelView(View):
         row.add_column(no_wrap=True)
         done = Text.assemble(("step ", "dim"), (f"{step:,}", "bold"), (f" of {self.total_steps:,}", "dim"))
         remaining = self.remaining_s()
-        left = f"  {format_seconds(remaining)} left" if math.isfinite(remaining) else ""
+        left = f"  {format_seconds(remaining)} left" if remaining > 0 else ""
         bar = ProgressBar(total=self.total_steps, completed=step, complete_style="cyan", finished_style="green")
         row.add_row(done, bar, f"{step / self.total_steps:.0%}{left}")
         return row

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from ava_exp.errors import CheckpointError, must_be
 FORMAT = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
+TENSORS = ".safetensors"
 PREFIX = "step_"
 UNFINISHED, BAD, LEAVING = ".tmp", ".bad", ".old"
 
@@ -38,7 +40,7 @@ class Snapshot:
 
 
 def folder_of(checkpoints: Path, step: int) -> Path:
-    """Return the folder of the checkpoint after `step` steps; names sort by step."""
+    """Return the folder of the checkpoint after `step` steps."""
     return checkpoints / f"{PREFIX}{step:08d}"
 
 
@@ -46,7 +48,7 @@ def list_checkpoints(checkpoints: Path) -> list[Path]:
     """Return finished checkpoint folders, oldest first. They are not verified yet."""
     if not checkpoints.is_dir():
         return []
-    return sorted(path for path in checkpoints.iterdir() if path.name.removeprefix(PREFIX).isdigit())
+    return sorted(filter(_has_name, checkpoints.iterdir()), key=step_of)
 
 
 def step_of(folder: Path) -> int:
@@ -62,7 +64,7 @@ def write_checkpoint(checkpoints: Path, snapshot: Snapshot) -> Path:
     try:
         partial.mkdir(parents=True)
         for stem, tensors in snapshot.tensors.items():
-            _write_synced(partial / f"{stem}.safetensors", safetensors.torch.save(tensors))
+            _write_synced(partial / f"{stem}{TENSORS}", safetensors.torch.save(tensors))
         _write_synced(partial / STATE, _json_bytes(snapshot.state))
         files = {path.name: _describe(path) for path in sorted(partial.iterdir())}
         _write_synced(partial / MANIFEST, _json_bytes({"format": FORMAT, "step": snapshot.step, "files": files}))
@@ -80,13 +82,8 @@ def write_checkpoint(checkpoints: Path, snapshot: Snapshot) -> Path:
 def verify_checkpoint(folder: Path) -> str | None:
     """Return what is wrong with a checkpoint folder in a few words, or None when every byte is as it was written."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-        if manifest["format"] != FORMAT:
-            return f"its format is {manifest['format']}, and this version reads {FORMAT}"
-        files: dict[str, dict[str, Any]] = manifest["files"]
-        for name, expected in files.items():
-            if Path(name).name != name:
-                return f"its manifest names a file outside of it: {name!r}"
+        manifest = _read_manifest(folder)
+        for name, expected in manifest["files"].items():
             if not (folder / name).is_file():
                 return f"{name} is missing"
             actual = _describe(folder / name)
@@ -94,9 +91,9 @@ def verify_checkpoint(folder: Path) -> str | None:
                 return f"{name} is not as it was written ({actual['bytes']} bytes, of {expected['bytes']})"
     except FileNotFoundError:
         return f"it has no {MANIFEST}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         return f"its {MANIFEST} cannot be read ({error})"
-    return None if STATE in files else f"{STATE} is missing from its {MANIFEST}"
+    return None
 
 
 def read_checkpoint(folder: Path) -> Snapshot:
@@ -104,12 +101,18 @@ def read_checkpoint(folder: Path) -> Snapshot:
     problem = verify_checkpoint(folder)
     if problem is not None:
         raise CheckpointError(f"{folder} cannot be used: {problem}.")
+    manifest = _read_manifest(folder)
+    tensors: dict[str, dict[str, Tensor]] = {}
+    name = STATE
     try:
         state = json.loads((folder / STATE).read_bytes())
-        tensors = {path.stem: safetensors.torch.load_file(path) for path in sorted(folder.glob("*.safetensors"))}
-    except (SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{folder} cannot be read: {error}.") from error
-    return Snapshot(step=step_of(folder), tensors=tensors, state=state)
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds a {type(state).__name__}")
+        for name in sorted(manifest["files"].keys() - {STATE}):
+            tensors[Path(name).stem] = safetensors.torch.load_file(folder / name)
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{folder} cannot be read: {name} is malformed ({error}).") from error
+    return Snapshot(step=manifest["step"], tensors=tensors, state=state)
 
 
 def newest_good_checkpoint(checkpoints: Path) -> tuple[Path | None, list[str]]:
@@ -117,7 +120,7 @@ def newest_good_checkpoint(checkpoints: Path) -> tuple[Path | None, list[str]]:
 
     Raises CheckpointError when there are checkpoints and none verifies: a run never starts over in silence.
     """
-    problems = []
+    problems: list[str] = []
     for folder in reversed(list_checkpoints(checkpoints)):
         problem = verify_checkpoint(folder)
         if problem is None:
@@ -142,6 +145,8 @@ def resolve_checkpoint(path: Path) -> Path:
             must_be("resume", "`auto`, `never`, or a checkpoint or run folder of this program", f"{path} ({state})")
         )
     if (path / MANIFEST).is_file():
+        if (problem := verify_checkpoint(path)) is not None:
+            raise CheckpointError(f"{path} cannot be used: {problem}.")
         return path
     found, _ = newest_good_checkpoint(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
     if found is None:
@@ -157,22 +162,56 @@ def sweep_leftovers(checkpoints: Path) -> None:
                 shutil.rmtree(path)
 
 
-def prune_checkpoints(checkpoints: Path, evaluations: dict[int, float], num_best: int) -> list[int]:
-    """Keep the newest checkpoint and the `num_best` with the lowest validation loss; return the steps removed.
+def set_aside_after(checkpoints: Path, step: int) -> None:
+    """Rename the checkpoints after `step`, which did not verify: the run goes on from `step`, and they are not its own.
 
+    Under their old name the newest of them would pass for the newest checkpoint when others are removed.
+    """
+    for folder in list_checkpoints(checkpoints):
+        if step_of(folder) > step:
+            os.rename(folder, _free_name(folder, BAD))
+
+
+def prune_checkpoints(checkpoints: Path, evaluations: dict[int, float], num_best: int) -> list[int]:
+    """Keep the newest checkpoint and `num_best` older ones; return the steps removed.
+
+    Those with the lowest validation loss stay, then the newest: when the newest of all is damaged there is another.
     A folder is renamed before it is emptied, so that a crash leaves no half of a checkpoint under a checkpoint's name.
     """
-    folders = list_checkpoints(checkpoints)
-    evaluated = [step for step in map(step_of, folders) if step in evaluations]
-    keep = set(sorted(evaluated, key=lambda step: (evaluations[step], step))[:num_best])
+
+    def rank(folder: Path) -> tuple[float, int]:
+        loss = evaluations.get(step_of(folder), math.inf)
+        return (math.inf if math.isnan(loss) else loss), -step_of(folder)
+
     removed = []
-    for folder in folders[:-1]:
-        if step_of(folder) not in keep:
-            leaving = folder.with_name(folder.name + LEAVING)
-            os.rename(folder, leaving)
-            shutil.rmtree(leaving)
-            removed.append(step_of(folder))
-    return removed
+    for folder in sorted(list_checkpoints(checkpoints)[:-1], key=rank)[num_best:]:
+        leaving = folder.with_name(folder.name + LEAVING)
+        os.rename(folder, leaving)
+        shutil.rmtree(leaving)
+        removed.append(step_of(folder))
+    return sorted(removed)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """Return a manifest that `write_checkpoint` wrote; other content raises ValueError, or whatever it comes to."""
+    written = (folder / MANIFEST).read_bytes()
+    manifest: dict[str, Any] = json.loads(written)
+    if manifest["format"] != FORMAT:
+        raise ValueError(f"its format is {manifest['format']}, and this version reads {FORMAT}")
+    for name in manifest["files"]:
+        if Path(name).name != name or (name != STATE and Path(name).suffix != TENSORS):
+            raise ValueError(f"it names a file from outside: {name!r}")
+    if STATE not in manifest["files"]:
+        raise ValueError(f"{STATE} is missing from it")
+    if _json_bytes(manifest) != written:  # it holds the checksums of all other files; its own form is its checksum
+        raise ValueError("it is not as it was written")
+    if type(manifest["step"]) is not int or (_has_name(folder) and manifest["step"] != step_of(folder)):
+        raise ValueError(f"it is of step {manifest['step']!r}")
+    return manifest
+
+
+def _has_name(folder: Path) -> bool:
+    return folder.name.startswith(PREFIX) and folder.name.removeprefix(PREFIX).isdecimal()
 
 
 def _json_bytes(value: Any) -> bytes:

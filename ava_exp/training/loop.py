@@ -36,7 +36,8 @@ class Outcome(Enum):
 class Trainer:
     """Trains `model` to `total_steps`. Everything but the first six arguments is optional.
 
-    `sinks` receive every record as it happens; `evaluate(final)` measures the model; `save(state)` keeps it.
+    `sinks` receive every record as it happens; `evaluate(final)` measures the model, or returns None where a signal
+    cut it short; `save(state)` keeps it.
     `peak_flops` (FLOP/s) and `flops_per_token` give the share of the peak that is used (MFU).
     """
 
@@ -55,7 +56,7 @@ class Trainer:
         log_interval: int = 1,
         evaluation_interval: int | None = None,
         save_interval: int | None = None,
-        evaluate: Callable[[bool], LanguageMetrics] | None = None,
+        evaluate: Callable[[bool], LanguageMetrics | None] | None = None,
         save: Callable[[TrainState], None] | None = None,
         sinks: Sequence[Callable[[Record], None]] = (),
         device: torch.device | None = None,
@@ -80,16 +81,19 @@ class Trainer:
             batches = self.loader.micro_batches(self.state.step)
             metrics, seconds = self._step(batches)
             self._observe(metrics, seconds, batches)
-            done, stop = self.state.step == self.total_steps, requests.stop is not None
+            done = self.state.step == self.total_steps
             self._emit(self._train_record(metrics, seconds, batches), self.state.step % self.log_interval == 0 or done)
             if done or self._is_due(self.evaluation_interval):
                 self._evaluate(final=done)
-            if done or stop or requests.save or self._is_due(self.save_interval):
+            if done or requests.stop or requests.save or self._is_due(self.save_interval):
                 requests.save = False
                 self._save()
-            if stop:
+            if requests.stop:
                 return Outcome.stopped
-        return Outcome.finished
+        if self.evaluate is not None and self.state.step not in self.state.evaluations:
+            self._evaluate(final=True)  # a signal had cut it short
+            self._save()
+        return Outcome.stopped if requests.stop else Outcome.finished
 
     def _step(self, batches: list[Batch]) -> tuple[StepMetrics, float]:
         started = time.perf_counter()
@@ -117,8 +121,8 @@ class Trainer:
         if self.state.skipped_in_a_row >= self.max_skipped_steps:
             samples = np.concatenate([batch.sample_ids for batch in batches]).tolist()
             raise UserError(
-                f"{self.state.skipped_in_a_row} steps in a row had a loss or gradient that is not finite, the last with "
-                f"samples {samples}. Lower `optimizer.learning_rate`, or use a wider `precision`; "
+                f"{self.state.skipped_in_a_row} steps in a row had a loss or gradient that is not finite, the last "
+                f"with samples {samples}. Lower `optimizer.learning_rate`, or use a wider `precision`; "
                 "the newest checkpoint is from before."
             )
 
@@ -148,6 +152,8 @@ class Trainer:
         if self.evaluate is None:
             return
         result = self.evaluate(final)
+        if result is None:
+            return
         self.state.evaluations[self.state.step] = result.loss
         self._emit(
             {

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import random
-import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ava_exp.errors import CheckpointError
+from ava_exp.errors import CheckpointError, must_be
 from ava_exp.optim.update import Updater
 from ava_exp.training.checkpoint import Snapshot, prune_checkpoints, write_checkpoint
 from ava_exp.training.state import TrainState
@@ -21,15 +21,18 @@ from ava_exp.training.state import TrainState
 logger = logging.getLogger(__name__)
 
 MAX_FAILURES_IN_A_ROW = 3
+PAUSE_S = 1.0
+"""Before a save that has just failed is repeated."""
 
 
 class CheckpointSaver:
-    """Writes at most one checkpoint at a time; a failed save keeps the older ones and is tried again at the next."""
+    """Writes at most one checkpoint at a time; a failed save keeps the older ones and is made up for by the next."""
 
     def __init__(self, checkpoints: Path, *, num_best: int, asynchronous: bool) -> None:
-        self.checkpoints, self.num_best, self.asynchronous = checkpoints, num_best, asynchronous
-        self.last_duration_s = 0.0
-        self._thread: threading.Thread | None = None
+        self.checkpoints, self.num_best = checkpoints, num_best
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer") if asynchronous else None
+        self._writing: Future[None] | None = None
+        self._unsaved: tuple[Snapshot, dict[int, float]] | None = None
         self._failures = 0
         self._error: OSError | None = None
 
@@ -39,38 +42,46 @@ class CheckpointSaver:
         Raises CheckpointError after three failures in a row.
         """
         self.wait()
-        arguments = (snapshot, dict(evaluations))
-        if not self.asynchronous:
-            self._write(*arguments)
+        self._unsaved = (snapshot, dict(evaluations))
+        if self._writer is not None:
+            self._writing = self._writer.submit(self._write, *self._unsaved)
+        else:
+            self._write(*self._unsaved)
             self._raise_if_hopeless()
-            return
-        self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint-writer")
-        self._thread.start()
 
     def wait(self) -> None:
         """Return when nothing is being written. Raises CheckpointError after three failures in a row."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
         self._raise_if_hopeless()
 
-    @property
-    def last_save_failed(self) -> bool:
-        """Whether the newest snapshot is not on disk."""
-        return self._error is not None
+    def finish(self) -> None:
+        """Return when the newest snapshot is on disk; no later save will make up for it, so a failed one is repeated.
+
+        Raises CheckpointError after three failures in a row.
+        """
+        self.wait()
+        while self._unsaved is not None:
+            time.sleep(PAUSE_S)
+            self._write(*self._unsaved)
+            self._raise_if_hopeless()
 
     def _write(self, snapshot: Snapshot, evaluations: dict[int, float]) -> None:
         started = time.monotonic()
         try:
             write_checkpoint(self.checkpoints, snapshot)
-            self._failures, self._error = 0, None
         except OSError as error:
             self._failures, self._error = self._failures + 1, error
             logger.error("checkpoint at step %d was not saved: %s. Older ones are kept.", snapshot.step, error)
             return
-        self.last_duration_s = time.monotonic() - started
-        removed = prune_checkpoints(self.checkpoints, evaluations, self.num_best)
-        logger.info("checkpoint at step %d saved in %.2f s; removed %s", snapshot.step, self.last_duration_s, removed)
+        self._failures, self._unsaved = 0, None
+        logger.info("checkpoint at step %d saved in %.2f s", snapshot.step, time.monotonic() - started)
+        try:
+            removed = prune_checkpoints(self.checkpoints, evaluations, self.num_best)
+            logger.info("checkpoints removed: %s", removed)
+        except OSError as error:
+            logger.warning("an older checkpoint was not removed: %s", error)
 
     def _raise_if_hopeless(self) -> None:
         if self._failures >= MAX_FAILURES_IN_A_ROW:
@@ -106,8 +117,8 @@ def restore_snapshot(snapshot: Snapshot, updater: Updater, *, reset_optimizer: b
             updater.load_optimizer_state(snapshot.tensors["optimizer"], snapshot.state["optimizer"])
             updater.loss_scale.scale, updater.loss_scale.good_steps = state.loss_scale, state.loss_scale_good_steps
         restore_random_state(snapshot.tensors["random"], snapshot.state["random"])
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"the checkpoint of step {snapshot.step} lacks or has too much: {error!r}.") from error
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
+        raise CheckpointError(f"the checkpoint of step {snapshot.step} does not fit this run: {error!r}.") from error
     return state
 
 
@@ -122,8 +133,9 @@ def load_weights(snapshot: Snapshot, weights: dict[str, Tensor]) -> None:
         )
     for name, weight in weights.items():
         if saved[name].shape != weight.shape:
+            expected = f"of shape {tuple(weight.shape)} for this model"
             raise CheckpointError(
-                f"`{name}` must be {tuple(weight.shape)} for this model, but the checkpoint has {tuple(saved[name].shape)}."
+                must_be(name, expected, tuple(saved[name].shape), "The checkpoint is of another one.")
             )
         weight.copy_(saved[name])
 
@@ -138,6 +150,13 @@ def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors["numpy"] = torch.from_numpy(np.asarray(keys, dtype=np.int64))
     tensors["python"] = torch.tensor(words, dtype=torch.int64)
     return tensors, {"numpy": [kind, position, has_gauss, gauss], "python": [version, gauss_next]}
+
+
+def seed_random_state(seed: int) -> None:
+    """Start every generator that `random_state` returns: a run killed before its first checkpoint starts the same."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
 
 
 def restore_random_state(tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import logging
+import contextlib
+import os
 import signal
 from types import FrameType, TracebackType
 from typing import Any
-
-logger = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SAVE_SIGNALS = tuple(getattr(signal, name) for name in ("SIGUSR1",) if hasattr(signal, name))
@@ -35,5 +34,13 @@ class SignalRequests:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number in SAVE_SIGNALS:
             self.save = True
-        else:
-            self.stop = signal.Signals(number)
+            return
+        if self.stop is None:
+            _tell(f"{signal.Signals(number).name}: saving after this step, then stopping.\n")
+        self.stop = signal.Signals(number)
+
+
+def _tell(line: str) -> None:
+    """Answer whoever pressed Ctrl-C before the step is over; past all buffers, one of which may be half written."""
+    with contextlib.suppress(OSError):  # nobody listens any more
+        os.write(2, line.encode())

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -14,7 +15,9 @@ from ava_exp.config.folders import group_names, option_names
 from ava_exp.config.run import RunConfig
 from ava_exp.config.stage import PlanConfig
 from ava_exp.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, EXIT_RESUMABLE, EXIT_USER_ERROR, DataError
-from tests.conftest import CommandLine
+
+if TYPE_CHECKING:
+    from tests.conftest import CommandLine
 
 
 class RecordingStage:
@@ -215,7 +218,7 @@ def test_a_sweep_is_kept_with_the_outputs(command_line: CommandLine, stage: Reco
         ["--config-d", "/tmp"],
         ["-cd", "/tmp"],
         ["--config-path", "/tmp"],
-        ["-cp/tmp"],
+        ["-cp", "/tmp"],
         ["--config-name", "../secret"],
         ["-cn", "../secret"],
         ["--experimental-rerun", "job.pickle"],

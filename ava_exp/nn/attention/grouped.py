@@ -1,4 +1,4 @@
-"""Grouped-query attention [ainslie2023gqa]; as many key/value heads as query heads is multi-head attention."""
+"""Grouped-query attention [ainslie2023gqa] §2.2; as many key/value heads as query heads is multi-head attention."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def causal_mask(length: int, num_keys: int, device: torch.device) -> Tensor:
 
 
 def plain_attention(q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, dropout: float = 0.0) -> Tensor:
-    """Softmax attention [vaswani2017] eq. 1 by two matrix products; materialises the (T, S) scores of every head."""
+    """Softmax attention [vaswani2017attention] eq. 1 by two matrix products; makes the (T, S) scores of every head."""
     batch, num_heads, length, head_dim = q_BHTC.shape
     num_kv_heads, num_keys = k_BKSC.shape[1], k_BKSC.shape[2]
     # Query heads of one group stand next to each other: fold them into rows of the same product.

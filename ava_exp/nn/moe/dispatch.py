@@ -1,7 +1,7 @@
 """Send tokens through their experts and add the outputs up: a loop that is the reference, and one grouped product.
 
 Both are dropless: every assignment is computed, whatever the load. Both take every expert's weights in one stacked
-tensor, so that an expert without tokens still receives a gradient, of zeros, and no data-parallel back end waits for it.
+tensor: an expert without tokens still receives a gradient, of zeros, and no data-parallel back end waits for it.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ def grouped_dispatch(
     place = torch.empty_like(order)
     place[order] = torch.arange(order.numel(), device=order.device)  # assignment → position in the sorted list
     ends = routing.counts.cumsum(0, dtype=torch.int32)
-    h: Tensor = _Gather.apply(x_ND, order // num_choices, place, num_choices)
+    h: Tensor = _Gather.apply(x_ND, order // num_choices, place, num_choices)  # type: ignore[no-untyped-call]
     h = F.grouped_mm(h, up_EFD.transpose(1, 2), offs=ends)
     h = F.grouped_mm(activate(h, activation), down_EDF.transpose(1, 2), offs=ends)
-    combined: Tensor = _Combine.apply(h, routing.weights, order, place)
+    combined: Tensor = _Combine.apply(h, routing.weights, order, place)  # type: ignore[no-untyped-call]
     return combined
 
 
@@ -64,7 +64,7 @@ class _Gather(torch.autograd.Function):
         return x_ND[token]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         (place,) = ctx.saved_tensors
         return grad[place].view(-1, ctx.num_choices, grad.shape[-1]).sum(dim=1), None, None, None
 
@@ -79,7 +79,7 @@ class _Combine(torch.autograd.Function):
         return torch.bmm(weights_Nk.to(h_AD.dtype)[:, None], rows).squeeze(1)
 
     @staticmethod
-    def backward(ctx: Any, grad_ND: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_ND: Tensor) -> Any:
         h_AD, weights_Nk, order, place = ctx.saved_tensors
         rows = h_AD[place].view(*weights_Nk.shape, -1)
         grad_weights = torch.bmm(rows, grad_ND[:, :, None]).squeeze(2).to(weights_Nk.dtype)

@@ -11,9 +11,10 @@ from ava_exp.nn.moe.routing import Routing, count_assignments, load_balancing_lo
 class TopKRouter(nn.Module):
     """Every token goes to the `moe_top_k` experts with the highest probability.
 
-    Logits and softmax are computed in fp32 or wider whatever the model's format [fedus2022switch §2.4]. `jitter` multiplies
-    the router's input by uniform noise in [1 - jitter, 1 + jitter] while training (ibid.); the Ava text adds it to the
-    logits instead. `routing_temperature` divides the logits: it changes the weights, and never the noiseless selection.
+    Logits and softmax are computed in fp32 or wider whatever the model's format [fedus2022switch] §2.4. `jitter`
+    multiplies the router's input by uniform noise in [1 - jitter, 1 + jitter] while training [fedus2022switch] app. C;
+    the Ava text adds it to the logits instead. `routing_temperature` divides the logits: it changes the weights, and
+    never the noiseless selection.
     """
 
     def __init__(

@@ -16,7 +16,6 @@ HARMLESS = [
     "hydra.verbose=true",
     "hydra.launcher.anything=3",
     "hydra.sweeper.max_batch_size=2",
-    "hydra.sweeper.params={seed: '1,2'}",
     "~experiment",
     "~tracker=mlflow",
     "model.hidden_size=128",
@@ -80,9 +79,6 @@ def test_an_option_is_never_a_path_in_a_sweep_either(text: str) -> None:
         "hydra/callbacks=x",
         "+hydra/callbacks=x",
         "hydra/job_logging=stdout",
-        "hydra.sweeper.params={hydra.callbacks.x: 1}",
-        "hydra.sweeper.params={+hydra.searchpath: 1}",
-        "+hydra.sweeper.params.hydra.run.dir=/tmp",
     ],
 )
 def test_hydra_itself_is_closed(text: str) -> None:
@@ -105,6 +101,12 @@ def test_hydra_itself_is_closed(text: str) -> None:
 def test_targets_are_refused_wherever_they_stand(text: str) -> None:
     with pytest.raises(ConfigError, match="`_target_` is not accepted"):
         check_overrides([text], may_sweep=False)
+
+
+@pytest.mark.parametrize("text", ["hydra.sweeper.params={hydra.searchpath: 1}", "+hydra.sweeper.params.seed='1,2'"])
+def test_sweeps_are_not_written_as_settings_of_the_sweeper(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"sweep with `-m key=value,value`"):
+        check_overrides([text], may_sweep=True)
 
 
 def test_launcher_settings_are_plain_values() -> None:

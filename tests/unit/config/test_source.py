@@ -44,16 +44,38 @@ def test_a_file_does_not_configure_hydra(conf: Path, text: str) -> None:
         compose(["experiment=mine"])
 
 
-@pytest.mark.parametrize("package", ["hydra.callbacks.x", "hydra", "hydra.job_logging"])
+@pytest.mark.parametrize("package", ["hydra.callbacks.x", "hydra", "hydra.job_logging", "_global_.hydra", "a.hydra"])
 def test_a_file_does_not_place_itself_in_hydra(conf: Path, package: str) -> None:
     write(conf / "experiment" / "mine.yaml", f"# @package {package}\ny: 1")
-    with pytest.raises(ConfigError, match="Hydra's own settings"):
+    with pytest.raises(ConfigError, match=r"Hydra's own settings|is no place for settings"):
+        compose(["experiment=mine"])
+
+
+@pytest.mark.parametrize(
+    ("header", "outer"),
+    [
+        ("# @package _global_", "defaults: [/data/inner@_global_]"),
+        ("# @package hydra", "defaults: [/data/inner@job_logging]"),
+        ("# @package hydra.launcher", "defaults: [/data/inner@_global_]"),
+    ],
+)
+@pytest.mark.parametrize("inner", ["hydra: {job_logging: {handlers: {x: {class: builtins.open}}}}", "x: {hydra: {}}"])
+def test_a_file_does_not_reach_hydra_through_another(conf: Path, header: str, outer: str, inner: str) -> None:
+    write(conf / "data" / "inner.yaml", inner)
+    write(conf / "experiment" / "mine.yaml", f"{header}\n{outer}")
+    with pytest.raises(ConfigError, match=r"`hydra` stands at the top|is no place for settings|Hydra's own settings"):
         compose(["experiment=mine"])
 
 
 @pytest.mark.parametrize(
     "entry",
-    ["/data/files@hydra.callbacks.x", "override /hydra/callbacks: x", "/hydra/callbacks: x", "/data@hydra.x: files"],
+    [
+        "/data/files@hydra.callbacks.x",
+        "override /hydra/callbacks: x",
+        "/hydra/callbacks: x",
+        "/data@hydra.x: files",
+        "/data@_global_.x: files",
+    ],
 )
 def test_a_defaults_list_does_not_configure_hydra(conf: Path, entry: str) -> None:
     write(conf / "experiment" / "mine.yaml", f"{GLOBAL}defaults:\n  - {entry}")

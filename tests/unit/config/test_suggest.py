@@ -21,7 +21,7 @@ def complaint(*overrides: str) -> str:
     [
         ("modle=small", "`modle` does not exist: did you mean `model`?"),
         ("expermient=x", "`expermient` does not exist: did you mean `experiment`"),
-        ("learning_rate=1", "`learning_rate` does not exist: did you mean `optimizer.learning_rate`?"),
+        ("weight_decay=1", "`weight_decay` does not exist: did you mean `optimizer.weight_decay`?"),
         ("model=smal", "`model` has no option `smal`: did you mean `small`?"),
         ("experiment=nothing_like_it", "`experiment` has no option `nothing_like_it`: it can be `ava_small`."),
         ("seed=1.5", "`seed` must be a whole number, but is 1.5 instead."),
@@ -39,6 +39,7 @@ def complaint(*overrides: str) -> str:
         ("~tracker", "`tracker` must be given"),
         ("seed=${model.nothing}", "`seed` cannot be resolved: Interpolation key 'model.nothing' not found."),
         ("foo", "`foo` is not `key=value`"),
+        ("=3", "`=3` is not `key=value`"),
         ("name=a(b", "if the value is text, quote it twice: 'name=\"a(b\"'."),
         ("model/x=small", "`model/x` is not a group: did you mean `model`?"),
     ],

@@ -47,10 +47,7 @@ def random_input(num_tokens: int = 20, dtype: torch.dtype = torch.float32) -> Te
 
 def expert_output(layer: MoELayer, expert: int, x: Tensor) -> Tensor:
     h = layer.up[expert] @ x
-    if layer.activation is Activation.swiglu:
-        h = F.silu(h[:WIDTH]) * h[WIDTH:]
-    else:
-        h = F.gelu(h)
+    h = F.silu(h[:WIDTH]) * h[WIDTH:] if layer.activation is Activation.swiglu else F.gelu(h)
     return layer.down[expert] @ h
 
 
@@ -74,7 +71,7 @@ def test_grouped_equals_loop_in_output_and_gradients(activation: Activation, top
     for dispatch in (DispatchBackend.loop, DispatchBackend.grouped):
         layer = build_layer(activation=activation, top_k=top_k, dispatch=dispatch, renormalize=False)
         x = random_input(50).requires_grad_()
-        y, routing = layer(x)
+        y, _ = layer(x)
         (y * torch.randn(y.shape, generator=torch.Generator().manual_seed(9))).sum().backward()
         results.append([y.detach(), x.grad, *(p.grad for p in layer.parameters())])
     for loop, grouped in zip(*results, strict=True):
@@ -122,7 +119,7 @@ def test_auto_falls_back_to_the_loop_once_and_says_why(caplog: pytest.LogCapture
 
 def test_grouped_refuses_what_it_cannot_compute() -> None:
     layer = build_layer(dispatch=DispatchBackend.grouped, dtype=torch.float64)
-    with pytest.raises(ConfigError, match="sparsity.dispatch=auto"):
+    with pytest.raises(ConfigError, match=r"sparsity\.dispatch=auto"):
         layer(random_input(dtype=torch.float64))
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ava_exp.tracking.folder import RunFolder
-from ava_exp.tracking.logs import configure_logging
+from ava_exp.tracking.logs import RecordLog, configure_logging
 
 
 def _messages(path: Path) -> list[str]:
@@ -59,3 +61,16 @@ def test_the_terminal_shows_warnings(
         logging.getLogger("ava_exp").info("started")
         logging.getLogger("ava_exp").warning("look")
     assert capsys.readouterr().err.splitlines() == expected
+
+
+def test_records_are_put_into_words(tmp_path: Path, fake_records: Callable[..., Iterator[dict[str, Any]]]) -> None:
+    folder = RunFolder(tmp_path).create()
+    with configure_logging(folder):
+        log = RecordLog(total_steps=120, interval=50)
+        for record in fake_records(120):
+            log.append(record)
+    steps = [line[: line.index("  loss")] for line in _messages(folder.logs / "training.log")]
+    assert steps == ["step  50/120", "step 100/120", "step 120/120"]
+    evaluations = _messages(folder.logs / "evaluation.log")
+    assert len(evaluations) == 11
+    assert evaluations[0].startswith("evaluated at step 12") and evaluations[-1].startswith("final evaluation")

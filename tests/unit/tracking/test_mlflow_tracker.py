@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
@@ -13,8 +15,12 @@ from ava_exp.config.machine import MLflowConfig, NoTrackerConfig
 from ava_exp.errors import ConfigError
 from ava_exp.tracking.folder import RunFolder
 from ava_exp.tracking.metrics import MetricsFile
+from ava_exp.tracking.mlflow_follower import MAX_METRICS, MESSAGE, Destination
 from ava_exp.tracking.mlflow_tracker import MLflowTracker
 from ava_exp.tracking.trackers import NoTracker, RunStatus, TrackedRun
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 Records = Callable[..., Iterator[dict[str, Any]]]
 
@@ -31,7 +37,7 @@ def _session(
     folder: RunFolder, output_dir: Path, records: list[dict[str, Any]], status: RunStatus, **parameters: Any
 ) -> None:
     """Write records as one process of a run would, and let MLflow follow."""
-    tracker = MLflowTracker(None, "tests", {"purpose": "test"}, patience_s=60)
+    tracker = MLflowTracker(None, "tests", {"purpose": "test", "note": "why"}, patience_s=60)
     tracker.start(TrackedRun(folder=folder, name="quick", parameters=parameters, output_dir=output_dir))
     with MetricsFile(folder.metrics) as metrics:
         metrics.cut_back(records[0]["step"] - 1)
@@ -60,8 +66,71 @@ def test_a_stopped_and_resumed_run_is_one_run_without_repeated_steps(tmp_path: P
     parameters = dict(_query(tmp_path, "SELECT key, value FROM params"))
     assert parameters == {"budget.steps": "12", "hub.token": "[redacted]", "odd key_": "1", "seed": "0"}
     tags = dict(_query(tmp_path, "SELECT key, value FROM tags"))
-    assert tags["purpose"] == "test" and tags["changed.budget.steps"] == "20"
+    assert tags["purpose"] == "test" and tags["mlflow.note.content"] == "why"
+    assert tags["changed.budget.steps"] == "20"
     assert [path.name for path in tmp_path.glob("mlartifacts/*/artifacts/*")] == ["config.yaml"]
+
+
+class FakeClient:
+    """Takes what MLflow would."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[tuple[str, int]]] = []
+
+    def get_experiment_by_name(self, name: str) -> SimpleNamespace:
+        return SimpleNamespace(experiment_id="1")
+
+    def search_runs(self, experiments: list[str], query: str, max_results: int) -> list[SimpleNamespace]:
+        return [SimpleNamespace(info=SimpleNamespace(run_id="run"), data=SimpleNamespace(params={}))]
+
+    def get_metric_history(self, run_id: str, name: str) -> list[SimpleNamespace]:
+        return [SimpleNamespace(step=step) for batch in self.batches for key, step in batch if key == name]
+
+    def update_run(self, run_id: str, status: str) -> None:
+        assert status == "RUNNING"
+
+    def log_batch(self, run_id: str, metrics: list[Any]) -> None:
+        self.batches.append([(metric.key, metric.step) for metric in metrics])
+
+
+def test_requests_stay_within_mlflows_limit_and_a_loss_comes_after_the_rest_of_its_record(
+    tmp_path: Path, fake_records: Records
+) -> None:
+    folder, client = RunFolder(tmp_path).create(), FakeClient()
+    order = {"folder": str(tmp_path), "experiment_name": "tests", "artifact_root": None, "parameters": {}}
+    with MetricsFile(folder.metrics) as metrics:
+        for record in [*fake_records(30), *fake_records(1, num_layers=150)]:
+            metrics.append({**record, "step": record["step"] + 100 * (len(record.get("expert_load", "")) == 150)})
+    Destination(cast("MlflowClient", client), order).send_new()
+    assert max(map(len, client.batches)) == MAX_METRICS and len(client.batches) < 6
+    sent = [metric for batch in client.batches for metric in batch]
+    assert len(set(sent)) == len(sent)
+    for step in (*range(1, 31), 101):
+        of_record = [key for key, at in sent if at == step and key.startswith(("train/", "experts/"))]
+        assert len(of_record) > 30 and of_record[-1] == "train/loss"
+
+
+def test_a_file_that_was_cut_back_is_read_anew(
+    tmp_path: Path, fake_records: Records, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, client = RunFolder(tmp_path).create(), FakeClient()
+    order = {"folder": str(tmp_path), "experiment_name": "tests", "artifact_root": None, "parameters": {}}
+    records = [record for record in fake_records(30) if record["kind"] == "train"]
+    destination = Destination(cast("MlflowClient", client), order)
+    with MetricsFile(folder.metrics) as metrics:
+        for record in records[:20]:
+            metrics.append(record)
+        destination.send_new()
+        metrics.cut_back(10)
+        for record in records[10:]:
+            metrics.append(record)
+        destination.send_new()
+    steps = [step for batch in client.batches for key, step in batch if key == "train/loss"]
+    assert steps == list(range(1, 31))
+    assert [json.loads(line.removeprefix(MESSAGE)) for line in capsys.readouterr().out.splitlines()] == [
+        {"sent": 20},
+        {"sent": 30},
+    ]
 
 
 @pytest.mark.parametrize("uri", ["./mlruns", "file:///tmp/mlruns", "sqlit:///x", "ftp://me:hunter2@host/"])

@@ -77,7 +77,7 @@ def test_the_newest_good_one_is_chosen_and_the_bad_ones_are_named(tmp_path: Path
     assert "step_00000003" in problems[0]
     for folder in folders[:2]:
         (folder / "manifest.json").unlink()
-    with pytest.raises(CheckpointError, match="no checkpoint in .* can be used.*resume=never"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be used.*resume=never"):
         newest_good_checkpoint(tmp_path)
 
 
