@@ -37,7 +37,7 @@ types: setup  ## check types
 	$(BIN)/mypy
 
 docs: setup  ## build the documentation into site/
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 check: lint types test docs  ## everything that must hold before a change is merged
 

@@ -51,7 +51,10 @@ class HardwareConfig:
 
 
 class Precision(Enum):
-    """`bf16`/`fp16` hold weights and optimizer states in 16 bits; `mixed_*` hold them in fp32 and compute in 16."""
+    """`bf16` and `fp16` hold weights in 16 bits; `mixed_*` compute in 16 bits and update fp32 master weights.
+
+    Optimizer states are fp32, except with `bf16`, where they are bf16.
+    """
 
     auto = "auto"
     fp32 = "fp32"

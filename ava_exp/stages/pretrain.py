@@ -95,6 +95,7 @@ class Pretraining:
 
     def run(self) -> int:
         """Do what is left to do."""
+        runtime = self._open_runtime()  # first: strict hardware is refused for a finished run, too
         if self._is_finished():
             _tell(f"This run is finished. Its report: {self.folder.report}")
             _tell("Raise the budget to train it further, or start again with `resume=never`.")
@@ -102,7 +103,6 @@ class Pretraining:
             self.config.tracker.build().catch_up(self._tracked(), RunStatus.finished, artifacts)
             return EXIT_OK
         _tell(f"Run folder: {self.folder.root}")
-        runtime = self._open_runtime()
         data = assembly.prepare(self.config, _tell)
         self._describe(runtime)
         total_steps = self._total_steps(runtime, data)
@@ -201,6 +201,8 @@ class Pretraining:
         set_aside_after(self.folder.checkpoints, state.step)
         with MetricsFile(self.folder.metrics) as metrics:
             metrics.cut_back(state.step)
+        for record in of_kind(read_metrics(self.folder.metrics), "eval"):  # one may have been made after the checkpoint
+            state.evaluations.setdefault(record["step"], record["loss"])
         return state
 
     def _read(self, checkpoint: Path, updater: Updater, data: PreparedData, *, reset_optimizer: bool) -> TrainState:
@@ -328,13 +330,17 @@ class Pretraining:
     def _say_goodbye(self, outcome: Outcome, state: TrainState, total_steps: int) -> int:
         if outcome is Outcome.stopped:
             assert self.requests.stop is not None
+            saved = ", saved" if state.step else ""
             _tell(
-                f"Stopped by {self.requests.stop.name} at step {state.step} of {total_steps}, saved. "
+                f"Stopped by {self.requests.stop.name} at step {state.step} of {total_steps}{saved}. "
                 "The same command goes on from there."
             )
             return EXIT_RESUMABLE
         summary = self.folder.read_json("summary.json")
         final, baselines = summary["final"], summary["baselines"]
+        if final is None:  # it began at the last checkpoint of another run, with nothing left to do
+            _tell(f"The checkpoint has all {state.step} steps of the budget: raise the budget to train further.")
+            return EXIT_OK
         _tell(
             f"Validation: {final['bits_per_byte']:.3f} bits per byte "
             f"(gzip -9 {baselines['gzip']:.3f}, xz {baselines['xz']:.3f}), "

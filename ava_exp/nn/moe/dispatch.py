@@ -6,6 +6,7 @@ tensor: an expert without tokens still receives a gradient, of zeros, and no dat
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from torch import Tensor
 from ava_exp.config.model import Activation
 from ava_exp.nn.ffn import activate
 from ava_exp.nn.moe.routing import Routing
+
+ROW_MULTIPLE = 32
+"""On a CPU every new number of rows compiles another kernel (8 % of a step): groups are filled up to few sizes."""
 
 
 def loop_dispatch(x_ND: Tensor, routing: Routing, up_EFD: Tensor, down_EDF: Tensor, activation: Activation) -> Tensor:
@@ -31,16 +35,39 @@ def grouped_dispatch(
     x_ND: Tensor, routing: Routing, up_EFD: Tensor, down_EDF: Tensor, activation: Activation
 ) -> Tensor:
     """Sort assignments by expert and multiply all groups at once; fp32, bf16 or fp16."""
-    num_choices = routing.expert_ids.shape[1]
-    order = routing.expert_ids.flatten().argsort(stable=True)  # position in the sorted list → assignment
-    place = torch.empty_like(order)
-    place[order] = torch.arange(order.numel(), device=order.device)  # assignment → position in the sorted list
-    ends = routing.counts.cumsum(0, dtype=torch.int32)
-    h: Tensor = _Gather.apply(x_ND, order // num_choices, place, num_choices)  # type: ignore[no-untyped-call]
-    h = F.grouped_mm(h, up_EFD.transpose(1, 2), offs=ends)
-    h = F.grouped_mm(activate(h, activation), down_EDF.transpose(1, 2), offs=ends)
-    combined: Tensor = _Combine.apply(h, routing.weights, order, place)  # type: ignore[no-untyped-call]
+    rows = sort_assignments(routing, ROW_MULTIPLE if x_ND.device.type == "cpu" else 1)
+    h: Tensor = _Gather.apply(x_ND, rows.token, rows.place, routing.expert_ids.shape[1])  # type: ignore[no-untyped-call]
+    h = F.grouped_mm(h, up_EFD.transpose(1, 2), offs=rows.ends)
+    h = F.grouped_mm(activate(h, activation), down_EDF.transpose(1, 2), offs=rows.ends)
+    combined: Tensor = _Combine.apply(h, routing.weights, rows.token, rows.place)  # type: ignore[no-untyped-call]
     return combined
+
+
+@dataclass(slots=True)
+class SortedRows:
+    """R rows in the order of the experts. `token` (R,) says whose each is, `place` (N·k,) where each assignment went,
+    and `ends` (E,) int32 where each expert's rows end. Rows that only fill a group up are token 0's, and unplaced."""
+
+    token: Tensor
+    place: Tensor
+    ends: Tensor
+
+
+def sort_assignments(routing: Routing, multiple: int) -> SortedRows:
+    """Sort by expert, each group filled up to a multiple of `multiple` rows; with 1 nothing waits for the device."""
+    experts, num_choices = routing.expert_ids.flatten(), routing.expert_ids.shape[1]
+    order = experts.argsort(stable=True)
+    position = torch.arange(order.numel(), device=order.device)
+    place = torch.empty_like(order)
+    place[order] = position
+    if multiple == 1:
+        return SortedRows(order // num_choices, place, routing.counts.cumsum(0, dtype=torch.int32))
+    filled = -(-routing.counts // multiple) * multiple
+    ends = filled.cumsum(0)
+    place = place + ((ends - filled) - (routing.counts.cumsum(0) - routing.counts))[experts]
+    token = torch.zeros(int(ends[-1]), dtype=order.dtype, device=order.device)
+    token[place] = position // num_choices
+    return SortedRows(token, place, ends.to(torch.int32))
 
 
 def can_group(x_ND: Tensor, up_EFD: Tensor, down_EDF: Tensor) -> str | None:
@@ -70,18 +97,19 @@ class _Gather(torch.autograd.Function):
 
 
 class _Combine(torch.autograd.Function):
-    """y_n = Σ_k w_nk · h[place of assignment (n, k)]; its gradients are gathers too."""
+    """y_n = Σ_k w_nk · h[place of assignment (n, k)]. Rows without an assignment get a gradient of zero."""
 
     @staticmethod
-    def forward(ctx: Any, h_AD: Tensor, weights_Nk: Tensor, order: Tensor, place: Tensor) -> Tensor:
-        ctx.save_for_backward(h_AD, weights_Nk, order, place)
-        rows = h_AD[place].view(*weights_Nk.shape, -1)
-        return torch.bmm(weights_Nk.to(h_AD.dtype)[:, None], rows).squeeze(1)
+    def forward(ctx: Any, h_RD: Tensor, weights_Nk: Tensor, token_R: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(h_RD, weights_Nk, token_R, place)
+        rows = h_RD[place].view(*weights_Nk.shape, -1)
+        return torch.bmm(weights_Nk.to(h_RD.dtype)[:, None], rows).squeeze(1)
 
     @staticmethod
     def backward(ctx: Any, grad_ND: Tensor) -> Any:
-        h_AD, weights_Nk, order, place = ctx.saved_tensors
-        rows = h_AD[place].view(*weights_Nk.shape, -1)
+        h_RD, weights_Nk, token_R, place = ctx.saved_tensors
+        rows = h_RD[place].view(*weights_Nk.shape, -1)
         grad_weights = torch.bmm(rows, grad_ND[:, :, None]).squeeze(2).to(weights_Nk.dtype)
-        scale = weights_Nk.flatten()[order, None].to(grad_ND.dtype)
-        return grad_ND[order // weights_Nk.shape[1]] * scale, grad_weights, None, None
+        scale_R = torch.zeros(token_R.shape, dtype=grad_ND.dtype, device=grad_ND.device)
+        scale_R[place] = weights_Nk.flatten().to(grad_ND.dtype)
+        return grad_ND[token_R].mul_(scale_R[:, None]), grad_weights, None, None
