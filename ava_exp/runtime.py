@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import platform
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ from ava_exp.config.machine import DeviceType, HardwareConfig, Precision, Precis
 from ava_exp.config.options import read_option
 from ava_exp.config.validate import precision_faults, raise_if_fatal
 from ava_exp.errors import ConfigError
+from ava_exp.tracking.metadata import cpu_model
 
 logger = logging.getLogger(__name__)
 
@@ -143,19 +143,15 @@ def _match_hardware(hardware: HardwareConfig, device: DeviceType) -> tuple[Hardw
     """Return the hardware that is really here, and a notice when it is not what was asked for."""
     machine = _device_name(device)
     if hardware.device is DeviceType.auto:
-        return (_known_hardware(device, machine) if device is not DeviceType.cuda else _known_gpu(machine)), []
+        return _known_hardware(device, machine), []
     fits = hardware.device is device and (device is not DeviceType.cuda or _is_gpu(hardware.name, machine))
     if fits:
         return hardware, []
-    actual = _known_gpu(machine) if device is DeviceType.cuda else _known_hardware(device, machine)
+    actual = _known_hardware(device, machine)
     sentence = f"hardware={hardware.name} is not on this machine, which has {machine}"
     if hardware.strict:
         raise ConfigError(f"{sentence}. Choose `hardware={actual.name}`, or `hardware.strict=false` to run on it.")
     return actual, [f"{sentence}: running on it, with its own batch size {actual.batch_size} and measured peak."]
-
-
-def _known_hardware(device: DeviceType, machine: str) -> HardwareConfig:
-    return read_option("hardware", device.value, HardwareConfig)
 
 
 GPU_NAMES = {
@@ -179,7 +175,10 @@ def _is_gpu(name: str, machine: str) -> bool:
     return (name == "a100_80g") == ("80GB" in machine) if pattern == "A100" else True
 
 
-def _known_gpu(machine: str) -> HardwareConfig:
+def _known_hardware(device: DeviceType, machine: str) -> HardwareConfig:
+    """Return what `conf/hardware` says of this device; of a GPU that it does not know, its name alone."""
+    if device is not DeviceType.cuda:
+        return read_option("hardware", device.value, HardwareConfig)
     for name in GPU_NAMES:
         if _is_gpu(name, machine):
             return read_option("hardware", name, HardwareConfig)
@@ -191,17 +190,7 @@ def _device_name(device: DeviceType) -> str:
         return torch.cuda.get_device_name()
     if device is DeviceType.mps:
         return "an Apple GPU"
-    return f"a CPU ({cpu_name()}, {torch.get_num_threads()} threads)"
-
-
-def cpu_name() -> str:
-    """Return the processor's own name where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    return f"a CPU ({cpu_model()}, {torch.get_num_threads()} threads)"
 
 
 def _choose_precision(asked: Precision, device: torch.device, rates: dict[str, float]) -> Precision:
@@ -234,7 +223,7 @@ def measured_rates(device: torch.device, cache_dir: Path) -> dict[str, float]:
     """Return TFLOP/s of a matrix product by format, measured in about a second and remembered in `cache_dir`."""
     if device.type == "cuda":
         return {}
-    key = f"{cpu_name()}|{device.type}|{torch.get_num_threads()}|{torch.__version__}"
+    key = f"{cpu_model()}|{device.type}|{torch.get_num_threads()}|{torch.__version__}"
     path = cache_dir / "matrix_product_rates.json"
     try:
         known: dict[str, dict[str, float]] = json.loads(path.read_text())
@@ -251,22 +240,22 @@ def measured_rates(device: torch.device, cache_dir: Path) -> dict[str, float]:
     return known[key]
 
 
-def _matrix_product_tflops(device: torch.device, dtype: torch.dtype, size: int = 1024, repeats: int = 9) -> float:
-    """Return the median rate of (2 size, size) × (size, size)."""
+def _matrix_product_tflops(device: torch.device, dtype: torch.dtype, size: int = 1024, repeats: int = 20) -> float:
+    """Return the best rate of (2 size, size) × (size, size): a peak is what the device can do when nothing disturbs."""
     a, b = torch.ones(2 * size, size, dtype=dtype, device=device), torch.ones(size, size, dtype=dtype, device=device)
-    seconds = time_of(lambda: a @ b, device, repeats)
+    seconds = min(times_of(lambda: a @ b, device, repeats))
     return 4 * size**3 / seconds / 1e12
 
 
-def time_of(work: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Return the median seconds of `work`, after one run that does not count."""
+def times_of(work: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
+    """Return the seconds of each of `repeats` runs of `work`, after one that does not count."""
     taken = []
     for _ in range(repeats + 1):
         started = time.perf_counter()
         work()
         synchronize(device)
         taken.append(time.perf_counter() - started)
-    return statistics.median(taken[1:])
+    return taken[1:]
 
 
 def synchronize(device: torch.device) -> None:

@@ -32,7 +32,7 @@ from ava_exp.losses.terms import build_losses
 from ava_exp.models.arithmetic import training_flops_per_token
 from ava_exp.models.decoder import Decoder, build_model
 from ava_exp.optim.update import Updater
-from ava_exp.runtime import keep_freed_memory, time_of
+from ava_exp.runtime import keep_freed_memory, times_of
 from ava_exp.training.step import train_step
 
 BATCH, LENGTH = 8, 256
@@ -166,7 +166,7 @@ def to_mixtral(model: Decoder) -> dict[str, torch.Tensor]:
 def gemm_peak() -> float:
     """Return FLOP/s of a bf16 product of the size of the experts' first projection."""
     a, b = torch.ones(4096, 1024, dtype=torch.bfloat16), torch.ones(1024, 2048, dtype=torch.bfloat16)
-    return float(2 * 4096 * 1024 * 2048 / time_of(lambda: a @ b, torch.device("cpu"), 15))
+    return 2 * 4096 * 1024 * 2048 / min(times_of(lambda: a @ b, torch.device("cpu"), 15))
 
 
 def child(side: str, steps: int) -> None:

@@ -11,12 +11,15 @@ import errno
 import io
 import json
 import os
+import random
 import re
 import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 KILLER_TIMEOUT_S = 60.0
 STEP = "step"
@@ -135,7 +138,12 @@ def install(injector: Injector) -> None:
     from ava_exp.training import loop
 
     take_step = loop.train_step
-    loop.train_step = lambda *args, **kwargs: injector.around(STEP, "", lambda: take_step(*args, **kwargs))
+
+    def watched_step(*args: Any, **kwargs: Any) -> Any:
+        random.random(), np.random.random()  # any part of a step may draw from them, so their states matter
+        return injector.around(STEP, "", lambda: take_step(*args, **kwargs))
+
+    loop.train_step = watched_step
     for name in ("rename", "replace", "mkdir", "unlink", "remove", "rmdir"):
         setattr(os, name, _watched_call(injector, {"replace": "rename", "remove": "unlink"}.get(name, name), name))
     _watch_descriptors(injector)

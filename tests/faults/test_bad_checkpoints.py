@@ -17,11 +17,13 @@ import torch
 
 from ava_exp.errors import EXIT_USER_ERROR, CheckpointError
 from ava_exp.training.checkpoint import (
+    Snapshot,
     newest_good_checkpoint,
     read_checkpoint,
     resolve_checkpoint,
     step_of,
     verify_checkpoint,
+    write_checkpoint,
 )
 from tests.faults.faults import Fault, kill_at_step
 from tests.faults.harness import SYNCHRONOUS, Ended, Experiment, uninterrupted
@@ -74,6 +76,19 @@ def test_7_a_flipped_bit_anywhere_is_noticed(run: Experiment, file: str) -> None
         flip(path, position, bit)
         assert verify_checkpoint(checkpoint) is not None, f"bit {bit} of byte {position}"
         flip(path, position, bit)
+    assert verify_checkpoint(checkpoint) is None
+
+
+def test_7_each_bit_of_a_small_checkpoint_counts(tmp_path: Path) -> None:
+    """All of them, those of the manifest above all: nothing holds a checksum of it."""
+    tensors = {"model": {"a": torch.arange(3.0)}, "random": {"torch": torch.arange(5, dtype=torch.uint8)}}
+    checkpoint = write_checkpoint(tmp_path, Snapshot(step=9, tensors=tensors, state={"train": {"step": 9}}))
+    for path in checkpoint.iterdir():
+        for position in range(path.stat().st_size):
+            for bit in range(8):
+                flip(path, position, bit)
+                assert verify_checkpoint(checkpoint) is not None, f"{path.name}: bit {bit} of byte {position}"
+                flip(path, position, bit)
     assert verify_checkpoint(checkpoint) is None
 
 

@@ -1,0 +1,131 @@
+"""Devices, precision and measured rates, with devices that are not here played by stand-ins."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ava_exp import runtime
+from ava_exp.config.machine import DeviceType, HardwareConfig, PeakConfig, Precision, PrecisionConfig
+from ava_exp.config.options import read_option
+from ava_exp.errors import ConfigError
+from ava_exp.runtime import open_runtime
+
+
+@pytest.fixture(autouse=True)
+def fast_rates(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    rates = {"fp32": 0.2, "bf16": 0.8}
+    monkeypatch.setattr(runtime, "measured_rates", lambda device, cache_dir: rates)
+    return rates
+
+
+def opened(
+    tmp_path: Path, option: str = "cpu", precision: Precision = Precision.fp32, **changes: Any
+) -> runtime.Runtime:
+    hardware = dataclasses.replace(read_option("hardware", option, HardwareConfig), **changes)
+    return open_runtime(hardware, PrecisionConfig(training=precision), batch_size=None, cache_dir=tmp_path)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without an A100")
+def test_hardware_that_is_not_here_is_replaced_with_one_notice(tmp_path: Path) -> None:
+    found = opened(tmp_path, "a100")
+    assert found.device.type == "cpu"
+    assert found.resolution.batch_size == 8
+    assert found.resolution.peak_tflops == 0.2
+    assert len(found.notices) == 1
+    assert found.notices[0].startswith("hardware=a100 is not on this machine, which has a CPU")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without an A100")
+def test_strict_hardware_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"hardware=a100 is not on this machine.*hardware\.strict=false"):
+        opened(tmp_path, "a100", strict=True)
+
+
+def test_the_cpu_that_is_asked_for_is_taken_without_a_word(tmp_path: Path) -> None:
+    found = opened(tmp_path)
+    assert found.notices == []
+    assert found.resolution.device == found.resolution.hardware == "cpu"
+
+
+@pytest.mark.parametrize(("bf16", "expected"), [(0.8, Precision.mixed_bf16), (0.21, Precision.fp32)])
+def test_auto_precision_on_a_cpu_is_decided_by_the_measurement(
+    tmp_path: Path, fast_rates: dict[str, float], bf16: float, expected: Precision
+) -> None:
+    fast_rates["bf16"] = bf16
+    found = opened(tmp_path, precision=Precision.auto)
+    assert found.precision is expected
+    assert f"precision=auto chose {expected.value}" in found.notices[0]
+    assert found.resolution.peak_tflops == (bf16 if expected is Precision.mixed_bf16 else 0.2)
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((8, 0), Precision.mixed_bf16), ((7, 5), Precision.mixed_fp16)])
+def test_auto_precision_on_a_gpu_follows_its_capability(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: Precision
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert runtime._choose_precision(Precision.auto, torch.device("cuda"), {}) is expected
+
+
+@pytest.mark.parametrize("precision", [Precision.fp16, Precision.mixed_fp16])
+def test_fp16_on_a_cpu_is_refused(tmp_path: Path, precision: Precision) -> None:
+    with pytest.raises(ConfigError, match="bf16"):
+        opened(tmp_path, precision=precision)
+
+
+def test_a_stored_resolution_is_reused(tmp_path: Path, fast_rates: dict[str, float]) -> None:
+    first = opened(tmp_path, precision=Precision.auto)
+    fast_rates["bf16"] = 0.1  # would now choose fp32
+    again = open_runtime(
+        read_option("hardware", "cpu", HardwareConfig),
+        PrecisionConfig(training=Precision.auto),
+        batch_size=None,
+        cache_dir=tmp_path,
+        stored=dataclasses.asdict(first.resolution),
+    )
+    assert again.resolution == first.resolution
+    assert again.notices == []
+
+
+@pytest.mark.parametrize(
+    ("machine", "expected"),
+    [
+        ("NVIDIA A100-SXM4-40GB", "a100"),
+        ("NVIDIA A100-SXM4-80GB", "a100_80g"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("Tesla T4", "t4"),
+        ("Quadro K620", "Quadro K620"),
+    ],
+)
+def test_gpus_are_known_by_name(machine: str, expected: str) -> None:
+    found = runtime._known_hardware(DeviceType.cuda, machine)
+    assert found.name == expected
+    assert (found.peak_tflops == PeakConfig()) == (expected == machine)
+
+
+def test_every_gpu_of_the_configuration_is_known() -> None:
+    options = {path.stem for path in (Path(__file__).parents[2] / "conf" / "hardware").glob("*.yaml")}
+    assert options - {"auto", "cpu", "mps"} == set(runtime.GPU_NAMES)
+
+
+def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="one process"):
+        opened(tmp_path)
+
+
+def test_rates_are_measured_once_and_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    calls: list[torch.dtype] = []
+    monkeypatch.setattr(runtime, "_matrix_product_tflops", lambda device, dtype: calls.append(dtype) or 1.0)
+    for _ in range(2):
+        assert runtime.measured_rates(torch.device("cpu"), tmp_path) == {"fp32": 1.0, "bf16": 1.0}
+    assert calls == [torch.float32, torch.bfloat16]
+    (tmp_path / "matrix_product_rates.json").write_text("{")
+    runtime.measured_rates(torch.device("cpu"), tmp_path)
+    assert len(calls) == 4
