@@ -6,6 +6,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tests run side by side
 
+import logging
 import shutil
 import subprocess
 import sys
@@ -41,8 +42,14 @@ def command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.
     monkeypatch.setattr(sys, "argv", ["ava-exp"])
 
     def run(*arguments: str) -> Outcome:
+        root = logging.getLogger()
+        handlers, level = list(root.handlers), root.level
         capfd.readouterr()
-        code = main(arguments)
+        try:
+            code = main(arguments)
+        finally:  # `--info` lets Hydra log to what will be a closed stream in the next test
+            root.handlers[:] = handlers
+            root.setLevel(level)
         captured = capfd.readouterr()
         return Outcome(code, captured.out, captured.err)
 

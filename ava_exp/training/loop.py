@@ -77,7 +77,9 @@ class Trainer:
         """Train until the budget is spent, or until a signal asks to stop; then the state has been saved."""
         requests = requests or SignalRequests()
         self.model.train()
-        while self.state.step < self.total_steps:
+        self._make_up_for_evaluation()
+        saved_step = self.state.step
+        while self.state.step < self.total_steps and requests.stop is None:
             batches = self.loader.micro_batches(self.state.step)
             metrics, seconds = self._step(batches)
             self._observe(metrics, seconds, batches)
@@ -85,15 +87,19 @@ class Trainer:
             self._emit(self._train_record(metrics, seconds, batches), self.state.step % self.log_interval == 0 or done)
             if done or self._is_due(self.evaluation_interval):
                 self._evaluate(final=done)
-            if done or requests.stop or requests.save or self._is_due(self.save_interval):
+            if done or requests.save or self._is_due(self.save_interval):
                 requests.save = False
                 self._save()
-            if requests.stop:
-                return Outcome.stopped
-        if self.evaluate is not None and self.state.step not in self.state.evaluations:
-            self._evaluate(final=True)  # a signal had cut it short
+                saved_step = self.state.step
+        if self.state.step != saved_step:  # a signal may come at any line: what it stopped is saved out here
             self._save()
         return Outcome.stopped if requests.stop else Outcome.finished
+
+    def _make_up_for_evaluation(self) -> None:
+        """Evaluate a restored state whose own evaluation a signal had cut short."""
+        final, step = self.state.step >= self.total_steps, self.state.step
+        if step > 0 and (final or self._is_due(self.evaluation_interval)) and step not in self.state.evaluations:
+            self._evaluate(final)
 
     def _step(self, batches: list[Batch]) -> tuple[StepMetrics, float]:
         started = time.perf_counter()

@@ -225,7 +225,7 @@ def test_what_was_measured_to_choose_a_precision_is_kept(experiment: Experiment)
 
 def test_the_real_command_killed_and_interrupted_ends_like_one_that_was_not(tmp_path: Path) -> None:
     """Signals from outside, a new interpreter each time, pictures and report included."""
-    steps = 300
+    steps = 200
     longer = (f"budget.steps={steps}", "checkpoint.save_every_n_batches=20", "evaluation.interval_steps=50")
     experiment = Experiment(output_dir=tmp_path, overrides=longer)
 
@@ -248,7 +248,7 @@ def test_the_real_command_killed_and_interrupted_ends_like_one_that_was_not(tmp_
         pytest.fail(f"it ended by itself: {process.communicate()[0]}")
 
     killed = start()
-    wait_for_step(killed, 30)
+    wait_for_step(killed, 50)  # a checkpoint at 40 means that the one at 20 is whole
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     newest = step_of(list_checkpoints(experiment.folder.checkpoints)[-1])
