@@ -66,7 +66,7 @@ class GenerateConfig(StageConfig):
     name: ClassVar[str] = "generate"
 
     run: str | None = None
-    prompt: str = "def "
+    prompt: str = "def __init__(self"
     max_new_tokens: int = 200
     temperature: float = 0.8
     top_k: int = 0

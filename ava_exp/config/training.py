@@ -116,7 +116,7 @@ class EvaluationConfig:
     interval_steps: int | None = None
     max_tokens: int | None = 50_000
     """Validation tokens of a periodic evaluation. The last one reads the whole split, unless training read less."""
-    sample_prompt: str = "def "
+    sample_prompt: str = "def __init__(self"
     sample_tokens: int = 200
 
 

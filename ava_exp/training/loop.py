@@ -187,8 +187,11 @@ class Trainer:
         return interval is not None and self.state.step % interval == 0
 
 
-def measure_seconds_per_step(trainer: Trainer, num_steps: int = 4) -> Iterator[float]:
-    """Yield the seconds of each of `num_steps` steps of a trainer that is thrown away afterwards."""
+def measure_seconds_per_step(trainer: Trainer, num_steps: int = 16) -> Iterator[float]:
+    """Yield the seconds of each of `num_steps` steps of a trainer that is thrown away afterwards.
+
+    The first ones are slow on every device: memory is touched and kernels are compiled for the first time.
+    """
     trainer.model.train()
     for step in range(num_steps):
         yield trainer._step(trainer.loader.micro_batches(step))[1]
