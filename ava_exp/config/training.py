@@ -124,7 +124,7 @@ class EvaluationConfig:
 class CheckpointConfig:
     """When to save: `save_every_n_batches` null means ten times in the budget, at least 10 steps apart.
 
-    The latest checkpoint and the `save_total_limit` best stay.
+    The latest checkpoint stays, and `save_total_limit` others, those with the lowest validation loss first.
     """
 
     save_every_n_batches: int | None = None

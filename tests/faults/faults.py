@@ -133,14 +133,18 @@ class WatchedFile:
         self._injector.around("flush", self._path, self._file.flush)
 
 
-def install(injector: Injector) -> None:
-    """Replace the functions that change files and take steps, in this process."""
+def install(injector: Injector, *, draw: bool) -> None:
+    """Replace the functions that change files and take steps, in this process.
+
+    With `draw` each step also draws from Python's and numpy's generators, as any part of it may one day.
+    """
     from ava_exp.training import loop
 
     take_step = loop.train_step
 
     def watched_step(*args: Any, **kwargs: Any) -> Any:
-        random.random(), np.random.random()  # any part of a step may draw from them, so their states matter
+        if draw:
+            random.random(), np.random.random()
         return injector.around(STEP, "", lambda: take_step(*args, **kwargs))
 
     loop.train_step = watched_step

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ NUM_STEPS = 12
 SAVE_EVERY = 3
 
 TINY = (
+    "~local",
     "name=tiny",
     "data=files",
     "data.sequence_length=16",
@@ -118,12 +119,13 @@ class Harness:
             self._server.communicate()
         shutil.rmtree(self.folder)
 
-    def run(self, overrides: Sequence[str], faults: Sequence[Fault] = ()) -> Ended:
-        """Train in a new process until it ends, one way or another."""
+    def run(self, overrides: Sequence[str], faults: Sequence[Fault] = (), *, draw: bool = True) -> Ended:
+        """Train in a new process until it ends, one way or another; `draw` is explained at `install`."""
         files = {name: self.folder / name for name in ("out", "err", "record")}
         request = {
             "overrides": list(overrides),
             "faults": [asdict(fault) for fault in faults],
+            "draw": draw,
             "folder": str(self.folder),
             **{name: str(path) for name, path in files.items()},
         }
@@ -162,6 +164,7 @@ class Experiment:
 
     output_dir: Path
     overrides: tuple[str, ...] = ()
+    draw: bool = True
     harness: Harness = field(default_factory=harness)
 
     @property
@@ -179,7 +182,7 @@ class Experiment:
 
     def run(self, *faults: Fault, also: Sequence[str] = ()) -> Ended:
         """Give the command, with further overrides in `also`."""
-        return self.harness.run([*self.command, *also], faults)
+        return self.harness.run([*self.command, *also], faults, draw=self.draw)
 
     def finish(self, *, also: Sequence[str] = ()) -> Observed:
         """Give the command once more, without a fault, and return what is left when it has finished."""
@@ -200,7 +203,7 @@ class Experiment:
     def copy(self, output_dir: Path) -> Experiment:
         """Return the same experiment as it stands now, elsewhere."""
         shutil.copytree(self.output_dir, output_dir, symlinks=True)
-        return Experiment(output_dir=output_dir, overrides=self.overrides, harness=self.harness)
+        return replace(self, output_dir=output_dir)
 
 
 @functools.cache

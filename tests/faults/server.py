@@ -29,6 +29,7 @@ from tests.faults.faults import Fault, Injector, install
 
 TIMEOUT_S = 100.0
 """A run that takes longer hangs."""
+EXIT_HANGS = 124
 
 
 def main() -> None:
@@ -67,20 +68,14 @@ def run_in_child(request: dict[str, Any]) -> int:
         os.close(killer)
         _become_a_run(request, config, victim)
     os.close(victim)
-    if _serve_killer(killer, process):
+    hangs = not select.select([killer], [], [], TIMEOUT_S)[0]
+    delay = b"0" if hangs else os.read(killer, 100)  # nothing at all once the run has ended
+    if delay:
+        time.sleep(float(delay))
         os.kill(process, signal.SIGKILL)
     os.close(killer)
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-
-
-def _serve_killer(killer: int, process: int) -> bool:
-    """Wait until a run ends, or for as long as it asked to be killed after; return whether it must be."""
-    ended_or_asked, _, _ = select.select([killer], [], [], TIMEOUT_S)
-    if not ended_or_asked:
-        return True
-    delay = os.read(killer, 100)
-    time.sleep(float(delay or 0))
-    return bool(delay)
+    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    return EXIT_HANGS if hangs else code
 
 
 def _become_a_run(request: dict[str, Any], config: RunConfig, victim: int) -> None:
@@ -101,7 +96,8 @@ def _become_a_run(request: dict[str, Any], config: RunConfig, victim: int) -> No
                 [Fault(**fault) for fault in request["faults"]],
                 record=lambda line: write(record, f"{line}\n".encode()) and None,
                 call_killer=lambda delay_s: write(victim, str(delay_s).encode()) and None,
-            )
+            ),
+            draw=request["draw"],
         )
         code = run_as_a_command(config)
     except BaseException:  # noqa: BLE001 - as the interpreter does at the end of a process

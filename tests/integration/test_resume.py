@@ -200,8 +200,7 @@ def test_reset_optimizer_at_a_path_is_done_once(source: Experiment, tmp_path: Pa
 
 def test_a_budget_in_seconds_is_turned_into_steps_once(experiment: Experiment, tmp_path: Path) -> None:
     also = ["budget.steps=null", "budget.seconds=0.5"]
-    measured = 4
-    assert experiment.run(kill_at_step(measured + 2), also=also).killed
+    assert experiment.run(Fault(operation="write", path=r"metrics\.jsonl", at=2), also=also).killed
     total = experiment.folder.read_json("status.json")["total_steps"]
     resolution = experiment.folder.resolution.read_bytes()
     ended = experiment.run(also=also)
@@ -266,7 +265,8 @@ def test_the_real_command_killed_and_interrupted_ends_like_one_that_was_not(tmp_
     assert experiment.folder.report.is_file()
     records = of_kind(read_metrics(experiment.folder.metrics), "train")
     assert [record["step"] for record in records] == list(range(1, steps + 1))
-    assert observed(experiment.folder.root) == uninterrupted(*longer)
+    whole = Experiment(output_dir=tmp_path / "whole", overrides=longer, draw=False)
+    assert observed(experiment.folder.root) == whole.finish()
 
 
 def step_reached(metrics: Path) -> int:
