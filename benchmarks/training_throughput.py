@@ -157,8 +157,8 @@ def to_mixtral(model: Decoder) -> dict[str, torch.Tensor]:
             theirs + "input_layernorm.weight": state[ours + "attention_norm.weight"],
             theirs + "post_attention_layernorm.weight": state[ours + "feed_forward_norm.weight"],
             theirs + "mlp.gate.weight": state[ours + "feed_forward.router.weight"],
-            theirs + "mlp.experts.gate_up_proj": state[ours + "feed_forward.up"],
-            theirs + "mlp.experts.down_proj": state[ours + "feed_forward.down"],
+            theirs + "mlp.experts.gate_up_proj": state[ours + "feed_forward.experts.up"],
+            theirs + "mlp.experts.down_proj": state[ours + "feed_forward.experts.down"],
         }
     return renamed
 

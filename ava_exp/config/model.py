@@ -120,6 +120,14 @@ class DispatchBackend(Enum):
     loop = "loop"
 
 
+class SharedProjection(Enum):
+    """Which projection all experts of a layer have in common."""
+
+    none = "none"
+    up = "up"
+    down = "down"
+
+
 @dataclass(kw_only=True, slots=True)
 class SparsityConfig:
     """Base of every sparsity."""

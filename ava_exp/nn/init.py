@@ -12,7 +12,7 @@ import math
 import torch
 from torch import nn
 
-RESIDUAL_OUTPUTS = ("attention.output.weight", "feed_forward.down.weight", "feed_forward.down")
+RESIDUAL_OUTPUTS = ("attention.output.weight", "feed_forward.down.weight", "experts.down")
 """Parameters that write to the residual stream: two a layer, scaled down so that depth does not grow its variance."""
 
 
@@ -22,7 +22,7 @@ def initialize(model: nn.Module, seed: int, initializer_range: float, num_layers
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             parameter.zero_()
-        elif parameter.ndim == 1:
+        elif parameter.ndim == 1 or name.endswith("experts.norm"):
             parameter.fill_(1.0)
         else:
             scale = 1 / math.sqrt(2 * num_layers) if name.endswith(RESIDUAL_OUTPUTS) else 1.0

@@ -91,7 +91,7 @@ def test_closed_form_parameters(index: int) -> None:
     model = build(index, device="meta")
     assert breakdown.total == sum(p.numel() for p in model.parameters())
     by_part = {part.name: part.total for part in breakdown.parts}
-    names = {"experts": ("feed_forward.up", "feed_forward.down"), "router": ("router.weight",)}
+    names = {"experts": ("experts.up", "experts.down"), "router": ("router.weight",)}
     for part, endings in names.items():
         if part in by_part:
             assert by_part[part] == sum(p.numel() for n, p in model.named_parameters() if n.endswith(endings))
@@ -133,9 +133,8 @@ def test_residual_outputs_start_smaller() -> None:
     model = build_model(
         model_config(hidden_size=128, intermediate_size=512, head_dim=32), GroupedAttentionConfig(), moe()
     )
-    ratio = (
-        model.get_parameter("blocks.0.feed_forward.down").std() / model.get_parameter("blocks.0.feed_forward.up").std()
-    )
+    experts = model.get_submodule("blocks.0.feed_forward.experts")
+    ratio = experts.get_parameter("down").std() / experts.get_parameter("up").std()
     assert ratio.item() == pytest.approx(1 / 6**0.5, rel=0.02)
 
 

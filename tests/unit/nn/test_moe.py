@@ -46,9 +46,9 @@ def random_input(num_tokens: int = 20, dtype: torch.dtype = torch.float32) -> Te
 
 
 def expert_output(layer: MoELayer, expert: int, x: Tensor) -> Tensor:
-    h = layer.up[expert] @ x
-    h = F.silu(h[:WIDTH]) * h[WIDTH:] if layer.activation is Activation.swiglu else F.gelu(h)
-    return layer.down[expert] @ h
+    h = layer.experts.up[expert] @ x
+    h = F.silu(h[:WIDTH]) * h[WIDTH:] if layer.experts.activation is Activation.swiglu else F.gelu(h)
+    return layer.experts.down[expert] @ h
 
 
 @pytest.mark.parametrize("activation", list(Activation))
@@ -82,8 +82,8 @@ def test_grouped_equals_loop_in_output_and_gradients(activation: Activation, top
 def test_one_expert_equals_the_dense_network_bit_for_bit(activation: Activation) -> None:
     layer = build_layer(num_experts=1, top_k=1, activation=activation)
     dense = FeedForward(DIM, WIDTH, activation)
-    dense.up.weight.data.copy_(layer.up[0])
-    dense.down.weight.data.copy_(layer.down[0])
+    dense.up.weight.data.copy_(layer.experts.up[0])
+    dense.down.weight.data.copy_(layer.experts.down[0])
     x = random_input(64)
     assert torch.equal(layer(x)[0], dense(x))
 
@@ -131,8 +131,8 @@ def test_an_expert_without_tokens_gets_a_gradient_of_zeros(dispatch: DispatchBac
     y, routing = layer(random_input().abs())
     y.square().sum().backward()
     assert routing.counts.tolist() == [20, 0, 0, 0]
-    assert layer.up.grad is not None and layer.up.grad[0].abs().sum() > 0
-    assert layer.up.grad[1:].abs().sum() == 0
+    assert layer.experts.up.grad is not None and layer.experts.up.grad[0].abs().sum() > 0
+    assert layer.experts.up.grad[1:].abs().sum() == 0
 
 
 def test_a_token_does_not_see_the_others() -> None:
