@@ -23,7 +23,15 @@ _MODULES = {
     "MoEConfig": "config.model",
     "ModelConfig": "config.model",
     "Norm": "config.model",
-    "TopKRouterConfig": "config.model",
+    "DeepSeekRouterConfig": "config.router",
+    "DynamicRouterConfig": "config.router",
+    "ExpertChoiceRouterConfig": "config.router",
+    "HierarchicalRouterConfig": "config.router",
+    "SinkhornRouterConfig": "config.router",
+    "SoftRouterConfig": "config.router",
+    "SwitchRouterConfig": "config.router",
+    "TopKRouterConfig": "config.router",
+    "TwoStageRouterConfig": "config.router",
     "RunConfig": "config.run",
     "AdamWConfig": "config.training",
     "ConstantConfig": "config.training",
@@ -64,7 +72,15 @@ if TYPE_CHECKING:
     from ava_exp.config.model import ModelConfig as ModelConfig
     from ava_exp.config.model import MoEConfig as MoEConfig
     from ava_exp.config.model import Norm as Norm
-    from ava_exp.config.model import TopKRouterConfig as TopKRouterConfig
+    from ava_exp.config.router import DeepSeekRouterConfig as DeepSeekRouterConfig
+    from ava_exp.config.router import DynamicRouterConfig as DynamicRouterConfig
+    from ava_exp.config.router import ExpertChoiceRouterConfig as ExpertChoiceRouterConfig
+    from ava_exp.config.router import HierarchicalRouterConfig as HierarchicalRouterConfig
+    from ava_exp.config.router import SinkhornRouterConfig as SinkhornRouterConfig
+    from ava_exp.config.router import SoftRouterConfig as SoftRouterConfig
+    from ava_exp.config.router import SwitchRouterConfig as SwitchRouterConfig
+    from ava_exp.config.router import TopKRouterConfig as TopKRouterConfig
+    from ava_exp.config.router import TwoStageRouterConfig as TwoStageRouterConfig
     from ava_exp.config.run import RunConfig as RunConfig
     from ava_exp.config.training import AdamWConfig as AdamWConfig
     from ava_exp.config.training import ConstantConfig as ConstantConfig

@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 
 from ava_exp.config.data import BPEConfig, StdlibConfig
-from ava_exp.config.model import GroupedAttentionConfig, ModelConfig, MoEConfig, TopKRouterConfig
+from ava_exp.config.model import GroupedAttentionConfig, ModelConfig, MoEConfig
+from ava_exp.config.router import TopKRouterConfig
 from ava_exp.config.training import AdamWConfig
 from ava_exp.data.loader import BatchLoader
 from ava_exp.data.prepare import prepare_data
@@ -46,7 +47,7 @@ MODEL = ModelConfig(
     tie_embeddings=False,
 )
 ATTENTION = GroupedAttentionConfig()
-SPARSITY = MoEConfig(router=TopKRouterConfig(), num_experts=8, router_z_loss_weight=0.0, load_balancing_weight=0.02)
+SPARSITY = MoEConfig(router=TopKRouterConfig(router_z_loss_weight=0.0, load_balancing_weight=0.02), num_experts=8)
 """Mixtral's balance loss is twice ours, for it counts both choices of a token: 0.02 here is its 0.01."""
 KEPT = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
 LEARNING_RATE = 1e-3

@@ -9,6 +9,7 @@ from typing import ClassVar
 from omegaconf import MISSING
 
 from ava_exp.config.base import ComponentConfig
+from ava_exp.config.router import RouterConfig
 
 
 class Norm(Enum):
@@ -95,21 +96,12 @@ class GroupedAttentionConfig(AttentionConfig):
     backend: AttentionBackend = AttentionBackend.auto
 
 
-@dataclass(kw_only=True, slots=True)
-class RouterConfig(ComponentConfig):
-    """Base of every router."""
+class SharedProjection(Enum):
+    """Which projection all experts of a layer have in common."""
 
-
-@dataclass(kw_only=True, slots=True)
-class TopKRouterConfig(RouterConfig):
-    """Every token goes to the `moe_top_k` experts with the highest softmax probability."""
-
-    builds: ClassVar[str] = "ava_exp.nn.moe.topk:TopKRouter"
-
-    moe_top_k: int = 2
-    renormalize: bool = True
-    routing_temperature: float = 1.0
-    jitter: float = 0.0
+    none = "none"
+    up = "up"
+    down = "down"
 
 
 class DispatchBackend(Enum):
@@ -118,14 +110,6 @@ class DispatchBackend(Enum):
     auto = "auto"
     grouped = "grouped"
     loop = "loop"
-
-
-class SharedProjection(Enum):
-    """Which projection all experts of a layer have in common."""
-
-    none = "none"
-    up = "up"
-    down = "down"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -138,14 +122,33 @@ class DenseConfig(SparsityConfig):
     """Every token passes through the one feed-forward network of every layer."""
 
 
+class Overflow(Enum):
+    """What becomes of a visit that an expert has no room for: dropped, sent to the next best expert, or to one
+    feed-forward network that takes them all."""
+
+    drop = "drop"
+    next_best = "next_best"
+    residual = "residual"
+
+
 @dataclass(kw_only=True, slots=True)
 class MoEConfig(SparsityConfig):
-    """Every layer's feed-forward network is a mixture of experts; no token is dropped."""
+    """The feed-forward network of a layer is a mixture of experts."""
 
     router: RouterConfig = MISSING
     num_experts: int = 8
     intermediate_size: int | None = None
     """Width of one expert; null takes the model's."""
-    load_balancing_weight: float = 0.01
-    router_z_loss_weight: float = 0.001
+    num_shared_experts: int = 0
+    """Experts that every token visits, outside the router's choice."""
+    first_k_dense: int = 0
+    """Layers at the bottom that keep the model's dense feed-forward network."""
+    capacity_factor: float | None = None
+    """An expert takes at most ceil(k * tokens / num_experts * factor) tokens of a micro-batch; null is dropless."""
+    overflow: Overflow = Overflow.drop
+    capacity_at_evaluation: bool = False
+    share_projection: SharedProjection = SharedProjection.none
+    expert_norm: bool = False
+    expert_dropout: float = 0.0
+    """On the hidden activations of an expert."""
     dispatch: DispatchBackend = DispatchBackend.auto

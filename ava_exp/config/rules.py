@@ -11,7 +11,15 @@ from typing import Any
 
 from ava_exp.config.data import BPEConfig
 from ava_exp.config.faults import Fault, Rule, Severity, error
-from ava_exp.config.model import MoEConfig, TopKRouterConfig
+from ava_exp.config.model import MoEConfig
+from ava_exp.config.router import (
+    DeepSeekRouterConfig,
+    ExpertChoiceRouterConfig,
+    HierarchicalRouterConfig,
+    SoftRouterConfig,
+    TwoStageRouterConfig,
+    balanced_divisor,
+)
 from ava_exp.config.run import RunConfig
 from ava_exp.config.training import AdamWConfig, WSDConfig
 
@@ -56,6 +64,11 @@ BOUNDS = (
             "model.num_experts",
             "sparsity.num_experts",
             "sparsity.intermediate_size",
+            "sparsity.router.moe_top_k",
+            "sparsity.router.num_iterations",
+            "sparsity.router.num_groups",
+            "sparsity.router.groups_per_token",
+            "sparsity.router.max_experts",
             "data.sequence_length",
             "tokenizer.min_frequency",
             "schedule.num_cycles",
@@ -82,7 +95,10 @@ BOUNDS = (
             "model.norm_epsilon",
             "model.rope_theta",
             "model.initializer_range",
+            "sparsity.capacity_factor",
             "sparsity.router.routing_temperature",
+            "sparsity.router.routed_scaling_factor",
+            "sparsity.router.average_experts",
             "model.learning_rate",
             "optimizer.learning_rate",
             "optimizer.epsilon",
@@ -101,8 +117,15 @@ BOUNDS = (
         (
             "seed",
             "model.load_balancing_weight",
-            "sparsity.load_balancing_weight",
-            "sparsity.router_z_loss_weight",
+            "sparsity.num_shared_experts",
+            "sparsity.first_k_dense",
+            "sparsity.router.load_balancing_weight",
+            "sparsity.router.load_balancing_weight_end",
+            "sparsity.router.absolute_deviation_weight",
+            "sparsity.router.router_z_loss_weight",
+            "sparsity.router.sequence_balance_weight",
+            "sparsity.router.routing_entropy_weight",
+            "sparsity.router.bias_update_rate",
             "optimizer.weight_decay",
             "schedule.warmup_steps",
             "schedule.warmup_tokens",
@@ -116,11 +139,19 @@ BOUNDS = (
     Bound(
         "at least 0 and below 1",
         lambda value: 0 <= value < 1,
-        ("model.dropout", "attention.attention_dropout", "sparsity.router.jitter", "schedule.warmup_ratio"),
+        (
+            "model.dropout",
+            "attention.attention_dropout",
+            "sparsity.expert_dropout",
+            "sparsity.router.jitter",
+            "sparsity.router.whole_expert_dropout",
+            "sparsity.router.threshold_momentum",
+            "schedule.warmup_ratio",
+        ),
     ),
     Bound("between 0 and 1", lambda value: 0 <= value <= 1, ("schedule.min_lr_ratio", "schedule.decay_ratio")),
     Bound("above 0 and below 1", lambda value: 0 < value < 1, ("data.validation_fraction",)),
-    Bound("above 0 and at most 1", lambda value: 0 < value <= 1, ("stage.top_p",)),
+    Bound("above 0 and at most 1", lambda value: 0 < value <= 1, ("stage.top_p", "sparsity.router.threshold")),
     Bound("above 1", lambda value: value > 1, ("precision.scale_factor",)),
 )
 
@@ -168,13 +199,69 @@ def _heads_divide(config: RunConfig) -> Iterator[Fault]:
         yield error("model.head_dim", "even, since rotary positions turn pairs of values", model.head_dim)
 
 
-def _top_k_is_at_most_experts(config: RunConfig) -> Iterator[Fault]:
+def _router_fits_the_experts(config: RunConfig) -> Iterator[Fault]:
     sparsity = config.sparsity
-    if not isinstance(sparsity, MoEConfig) or not isinstance(sparsity.router, TopKRouterConfig):
+    if not isinstance(sparsity, MoEConfig):
         return
-    if not 1 <= sparsity.router.moe_top_k <= sparsity.num_experts:
-        expected = f"1 to `sparsity.num_experts` ({sparsity.num_experts})"
-        yield error("sparsity.router.moe_top_k", expected, sparsity.router.moe_top_k)
+    num_experts, key = sparsity.num_experts, "sparsity.router.moe_top_k"
+    top_k = value_at(sparsity.router, "moe_top_k")
+    if top_k is not None and top_k > num_experts:
+        yield error(key, f"1 to `sparsity.num_experts` ({num_experts})", top_k)
+    if isinstance(sparsity.router, TwoStageRouterConfig | DeepSeekRouterConfig):
+        yield from _groups_fit(sparsity.router, num_experts)
+    if isinstance(sparsity.router, HierarchicalRouterConfig):
+        yield from _tree_fits(sparsity.router, num_experts)
+
+
+def _groups_fit(router: TwoStageRouterConfig | DeepSeekRouterConfig, num_experts: int) -> Iterator[Fault]:
+    num_groups = router.num_groups or balanced_divisor(max(1, num_experts))
+    if num_experts < 1 or num_groups < 1:
+        return
+    if num_experts % num_groups:
+        expected = f"a divisor of `sparsity.num_experts` ({num_experts})"
+        yield error("sparsity.router.num_groups", expected, router.num_groups)
+    elif router.groups_per_token > num_groups:
+        yield error("sparsity.router.groups_per_token", f"at most the {num_groups} groups", router.groups_per_token)
+    elif router.moe_top_k > router.groups_per_token * (num_experts // num_groups):
+        expected = (
+            f"at most {router.groups_per_token * (num_experts // num_groups)}, the experts of "
+            f"{router.groups_per_token} of {num_groups} groups"
+        )
+        remedy = "Raise `sparsity.router.groups_per_token`, or lower `sparsity.router.num_groups`."
+        yield error("sparsity.router.moe_top_k", expected, router.moe_top_k, remedy)
+
+
+def _tree_fits(router: HierarchicalRouterConfig, num_experts: int) -> Iterator[Fault]:
+    if num_experts < 1:
+        return
+    levels = router.levels(num_experts)
+    if not levels or min(levels) < 1 or math.prod(levels) != num_experts:
+        expected = f"numbers of children whose product is `sparsity.num_experts` ({num_experts})"
+        yield error("sparsity.router.branching", expected, levels)
+    elif len(router.choices) != len(levels):
+        yield error("sparsity.router.choices", f"as long as the branching {levels}", router.choices)
+    elif any(not 1 <= followed <= children for followed, children in zip(router.choices, levels, strict=True)):
+        yield error("sparsity.router.choices", f"at each level 1 to its number of children, {levels}", router.choices)
+
+
+def _capacity_has_a_meaning(config: RunConfig) -> Iterator[Fault]:
+    sparsity = config.sparsity
+    if not isinstance(sparsity, MoEConfig):
+        return
+    if sparsity.capacity_factor is None:
+        return
+    if isinstance(sparsity.router, SoftRouterConfig | ExpertChoiceRouterConfig):
+        reason = "in soft routing every expert takes every token"
+        if isinstance(sparsity.router, ExpertChoiceRouterConfig):
+            reason = "with expert choice `sparsity.router.average_experts` says what an expert takes"
+        yield error("sparsity.capacity_factor", f"null, for {reason}", sparsity.capacity_factor)
+
+
+def _dense_layers_leave_some(config: RunConfig) -> Iterator[Fault]:
+    sparsity = config.sparsity
+    if isinstance(sparsity, MoEConfig) and sparsity.first_k_dense >= config.model.num_layers > 0:
+        expected = f"below `model.num_layers` ({config.model.num_layers})"
+        yield error("sparsity.first_k_dense", expected, sparsity.first_k_dense, "Or take `sparsity=dense`.")
 
 
 def _sequence_fits_positions(config: RunConfig) -> Iterator[Fault]:
@@ -228,7 +315,9 @@ RULES: tuple[Rule, ...] = (
     _numbers_are_finite,
     _name_is_a_file_name,
     _heads_divide,
-    _top_k_is_at_most_experts,
+    _router_fits_the_experts,
+    _capacity_has_a_meaning,
+    _dense_layers_leave_some,
     _sequence_fits_positions,
     _vocabulary_holds_the_tokens,
     _betas_are_two_ratios,

@@ -6,7 +6,7 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 
-from ava_exp.config import data, machine, model, run, stage, training
+from ava_exp.config import data, machine, model, router, run, stage, training
 
 SCHEMAS: dict[str, Any] = {
     "run": run.RunConfig,
@@ -20,7 +20,15 @@ SCHEMAS: dict[str, Any] = {
     "attention/grouped": model.GroupedAttentionConfig,
     "sparsity/dense": model.DenseConfig,
     "sparsity/moe": model.MoEConfig,
-    "router/topk": model.TopKRouterConfig,
+    "router/topk": router.TopKRouterConfig,
+    "router/switch": router.SwitchRouterConfig,
+    "router/soft": router.SoftRouterConfig,
+    "router/expert_choice": router.ExpertChoiceRouterConfig,
+    "router/sinkhorn": router.SinkhornRouterConfig,
+    "router/deepseek": router.DeepSeekRouterConfig,
+    "router/two_stage": router.TwoStageRouterConfig,
+    "router/dynamic": router.DynamicRouterConfig,
+    "router/hierarchical": router.HierarchicalRouterConfig,
     "data/stdlib": data.StdlibConfig,
     "data/files": data.FilesConfig,
     "tokenizer/bpe": data.BPEConfig,

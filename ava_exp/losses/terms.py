@@ -2,29 +2,44 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ava_exp.config.model import MoEConfig, SparsityConfig
+from ava_exp.config.router import BalanceScope
 from ava_exp.data.loader import IGNORED
+from ava_exp.losses.balance import absolute_deviation_loss, load_balancing_loss
 from ava_exp.losses.cross_entropy import cross_entropy
+from ava_exp.nn.moe.routing import Routing
 from ava_exp.nn.output import ModelOutput
+
+
+@dataclass(slots=True, kw_only=True)
+class StepContext:
+    """What a term may know of the step beside its own micro-batch."""
+
+    num_tokens: int
+    """Valid tokens of the whole step: over all micro-batches and all ranks."""
+    chosen_counts: list[Tensor] = field(default_factory=list)
+    """For every mixture-of-experts layer, the visits (E,) chosen in the step so far, this micro-batch included."""
 
 
 class LossTerm(Protocol):
     """One summand of the objective.
 
-    `__call__` returns this micro-batch's share of a mean over `num_tokens`, the valid tokens of the whole step: over
-    all micro-batches and all ranks. Summing the shares gives the mean, however the step is cut.
+    `__call__` returns this micro-batch's share of a mean over the step's valid tokens. Summing the shares gives the
+    mean, however the step is cut. `weight_at` takes the share of the budget that is spent, 0 to 1.
     """
 
     name: str
-    weight: float
 
-    def __call__(self, output: ModelOutput, labels_BT: Tensor, num_tokens: int) -> Tensor: ...
+    def weight_at(self, progress: float) -> float: ...
+
+    def __call__(self, output: ModelOutput, labels_BT: Tensor, context: StepContext) -> Tensor: ...
 
 
 @dataclass(slots=True)
@@ -32,31 +47,56 @@ class CrossEntropy:
     """Mean negative log-likelihood of the labels, in nats per token, from fp32 logits."""
 
     name: str = "loss"
-    weight: float = 1.0
 
-    def __call__(self, output: ModelOutput, labels_BT: Tensor, num_tokens: int) -> Tensor:
-        return cross_entropy(output.logits.flatten(0, 1), labels_BT.flatten(), num_tokens)
+    def weight_at(self, progress: float) -> float:
+        return 1.0
+
+    def __call__(self, output: ModelOutput, labels_BT: Tensor, context: StepContext) -> Tensor:
+        return cross_entropy(output.logits.flatten(0, 1), labels_BT.flatten(), context.num_tokens)
 
 
 @dataclass(slots=True)
 class RouterLoss:
-    """A router's own loss, mean over the mixture-of-experts layers.
+    """A loss of routers, mean over the mixture-of-experts layers.
 
-    The balance loss is not linear in the assignments: with accumulation it is the mean of the micro-batches' losses.
+    `measure` maps a layer's routing and its chosen counts in the step so far to a mean over the micro-batch's tokens.
+    What is not linear in the tokens, as the balance losses are not, is with accumulation the mean of the micro-batches'
+    losses. A weight of 0 leaves the loss to be watched, without a gradient.
     """
 
     name: str
     weight: float
+    measure: Callable[[Routing, Tensor], Tensor]
+    weight_end: float | None = None
 
-    def __call__(self, output: ModelOutput, labels_BT: Tensor, num_tokens: int) -> Tensor:
-        share = int((labels_BT != IGNORED).sum()) / num_tokens
-        return torch.stack([routing.losses[self.name] for routing in output.routings]).mean() * share
+    def weight_at(self, progress: float) -> float:
+        end = self.weight if self.weight_end is None else self.weight_end
+        return self.weight + (end - self.weight) * progress
+
+    def __call__(self, output: ModelOutput, labels_BT: Tensor, context: StepContext) -> Tensor:
+        share = int((labels_BT != IGNORED).sum()) / context.num_tokens
+        watched = self.weight == 0 and not self.weight_end
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not watched):
+            layers = zip(output.routings, context.chosen_counts, strict=True)
+            return torch.stack([self.measure(routing, counts) for routing, counts in layers]).mean() * share
 
 
 def build_losses(sparsity: SparsityConfig) -> list[LossTerm]:
     """Return the terms of the objective, cross entropy first."""
     terms: list[LossTerm] = [CrossEntropy()]
     if isinstance(sparsity, MoEConfig):
-        terms.append(RouterLoss("load_balancing_loss", sparsity.load_balancing_weight))
-        terms.append(RouterLoss("router_z_loss", sparsity.router_z_loss_weight))
+        router = sparsity.router
+        for name, weight in router.losses().items():
+            end = router.load_balancing_weight_end if name == "load_balancing_loss" else None
+            terms.append(RouterLoss(name, weight, _measure(name, router.balance_over), end))
     return terms
+
+
+def _measure(name: str, scope: BalanceScope) -> Callable[[Routing, Tensor], Tensor]:
+    if name == "absolute_deviation_loss":
+        return lambda routing, _: absolute_deviation_loss(routing.probabilities)
+    if name != "load_balancing_loss":
+        return lambda routing, _: routing.losses[name]
+    if scope is BalanceScope.step:  # as far as the step has got: [qiu2025demons] §3
+        return lambda routing, counts_E: load_balancing_loss(routing.probabilities, counts_E)
+    return lambda routing, _: load_balancing_loss(routing.probabilities, routing.chosen_counts)

@@ -14,8 +14,9 @@ from ava_exp.config.model import (
     GroupedAttentionConfig,
     ModelConfig,
     MoEConfig,
+    Overflow,
+    SharedProjection,
     SparsityConfig,
-    TopKRouterConfig,
 )
 
 
@@ -78,26 +79,69 @@ def _attention_part(model: ModelConfig, attention: AttentionConfig) -> Part:
 
 
 def _feed_forward_parts(model: ModelConfig, sparsity: SparsityConfig) -> list[Part]:
-    hidden, layers = model.hidden_size, model.num_layers
+    hidden = model.hidden_size
     assert model.intermediate_size is not None
-    matrices = 3 if model.activation is Activation.swiglu else 2
-    if not isinstance(sparsity, MoEConfig):
-        weights = layers * matrices * hidden * model.intermediate_size
-        bias = layers * ((matrices - 1) * model.intermediate_size + hidden) if model.bias else 0
-        return [_part("feed-forward", weights + bias, multiplied=weights)]
-    expert = matrices * hidden * (sparsity.intermediate_size or model.intermediate_size)
-    router = layers * hidden * sparsity.num_experts
-    active = layers * expert * experts_per_token(sparsity)
-    return [
-        _part("router", router, multiplied=router),
-        Part(name="experts", total=layers * expert * sparsity.num_experts, active=active, multiplied=active),
-    ]
+    matrices = _up_matrices(model) + 1
+    num_sparse = num_sparse_layers(model, sparsity)
+    parts = []
+    if num_dense := model.num_layers - num_sparse:
+        weights = num_dense * matrices * hidden * model.intermediate_size
+        bias = num_dense * ((matrices - 1) * model.intermediate_size + hidden) if model.bias else 0
+        parts.append(_part("feed-forward", weights + bias, multiplied=weights))
+    if isinstance(sparsity, MoEConfig) and num_sparse:
+        router = num_sparse * sparsity.router.num_weights(hidden, sparsity.num_experts)
+        parts += [_part("router", router, multiplied=router), _experts_part(model, sparsity)]
+        network = num_sparse * matrices * hidden * expert_width(model, sparsity)
+        if sparsity.num_shared_experts:
+            shared = sparsity.num_shared_experts * network
+            parts.append(_part("shared experts", shared, multiplied=shared))
+        if sparsity.capacity_factor is not None and sparsity.overflow is Overflow.residual:
+            parts.append(Part(name="residual expert", total=network, active=0, multiplied=0))
+    return parts
 
 
-def experts_per_token(sparsity: MoEConfig) -> int:
-    """Return how many experts one token visits."""
-    assert isinstance(sparsity.router, TopKRouterConfig)
-    return sparsity.router.moe_top_k
+def _experts_part(model: ModelConfig, sparsity: MoEConfig) -> Part:
+    layers, width = num_sparse_layers(model, sparsity), expert_width(model, sparsity)
+    own, common = _expert_weights(model, sparsity)
+    norm = width if sparsity.expert_norm else 0
+    visits = experts_per_token(sparsity)
+    return Part(
+        name="experts",
+        total=layers * (sparsity.num_experts * (own + norm) + common),
+        active=round(layers * (visits * (own + norm) + common)),
+        multiplied=round(layers * (visits * own + common)),
+    )
+
+
+def _expert_weights(model: ModelConfig, sparsity: MoEConfig) -> tuple[int, int]:
+    """Return the matrix weights of one expert, and those that all experts of a layer have in common."""
+    matrix = model.hidden_size * expert_width(model, sparsity)
+    up, down = _up_matrices(model) * matrix, matrix
+    if sparsity.share_projection is SharedProjection.up:
+        return down, up
+    if sparsity.share_projection is SharedProjection.down:
+        return up, down
+    return up + down, 0
+
+
+def _up_matrices(model: ModelConfig) -> int:
+    return 2 if model.activation is Activation.swiglu else 1
+
+
+def num_sparse_layers(model: ModelConfig, sparsity: SparsityConfig) -> int:
+    """Return how many layers are mixtures of experts."""
+    return max(0, model.num_layers - sparsity.first_k_dense) if isinstance(sparsity, MoEConfig) else 0
+
+
+def expert_width(model: ModelConfig, sparsity: MoEConfig) -> int:
+    """Return the width of one expert."""
+    assert model.intermediate_size is not None
+    return sparsity.intermediate_size or model.intermediate_size
+
+
+def experts_per_token(sparsity: MoEConfig) -> float:
+    """Return how many experts one token visits, or at most visits."""
+    return sparsity.router.experts_per_token(sparsity.num_experts)
 
 
 def forward_flops_per_token(
@@ -119,6 +163,30 @@ def training_flops_per_token(
 ) -> float:
     """Forward and backward: three times the forward pass."""
     return 3 * forward_flops_per_token(model, attention, sparsity, sequence_length)
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class StepFlops:
+    """Floating-point operations of training: of one token outside the experts, and of one visit to an expert."""
+
+    per_token: float
+    per_visit: float
+
+    def of(self, num_tokens: int, num_visits: int) -> float:
+        """Return the operations of a step: routers may refuse visits, or choose how many a token makes."""
+        return num_tokens * self.per_token + num_visits * self.per_visit
+
+
+def training_flops(
+    model: ModelConfig, attention: AttentionConfig, sparsity: SparsityConfig, sequence_length: int
+) -> StepFlops:
+    """Split `training_flops_per_token` into what every token costs and what a visit to an expert costs."""
+    total = training_flops_per_token(model, attention, sparsity, sequence_length)
+    if not isinstance(sparsity, MoEConfig):
+        return StepFlops(per_token=total, per_visit=0.0)
+    per_visit = 6.0 * _expert_weights(model, sparsity)[0]
+    visits = num_sparse_layers(model, sparsity) * experts_per_token(sparsity)
+    return StepFlops(per_token=total - visits * per_visit, per_visit=per_visit)
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -176,8 +244,8 @@ def _saved_values_per_token(model: ModelConfig, sparsity: SparsityConfig, sequen
     assert model.head_dim is not None and model.num_kv_heads is not None and model.intermediate_size is not None
     hidden, query = model.hidden_size, model.num_heads * model.head_dim
     mixing = 4 * hidden + 3 * query + 4 * model.num_kv_heads * model.head_dim + 2 * model.num_heads * sequence_length
-    up = 2 if model.activation is Activation.swiglu else 1
+    up = _up_matrices(model)
     if not isinstance(sparsity, MoEConfig):
         return mixing + (2 * up + 1) * model.intermediate_size
-    width = sparsity.intermediate_size or model.intermediate_size
-    return mixing + experts_per_token(sparsity) * ((2 * up + 1) * width + 2 * hidden) + 3 * sparsity.num_experts
+    visit = (2 * up + 1) * expert_width(model, sparsity) + 2 * hidden
+    return mixing + round(experts_per_token(sparsity) * visit) + 3 * sparsity.num_experts

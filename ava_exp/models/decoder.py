@@ -6,12 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ava_exp.config.model import AttentionConfig, DenseConfig, ModelConfig, MoEConfig, SparsityConfig
+from ava_exp.config.model import AttentionConfig, DenseConfig, ModelConfig, MoEConfig, Overflow, SparsityConfig
 from ava_exp.errors import ConfigError
 from ava_exp.nn.attention.context import AttentionContext, KeyValueCache
 from ava_exp.nn.ffn import FeedForward
 from ava_exp.nn.init import initialize
-from ava_exp.nn.moe.layer import MoELayer
+from ava_exp.nn.moe.experts import Experts
+from ava_exp.nn.moe.layer import CapacityLimit, MoELayer
 from ava_exp.nn.moe.routing import Routing
 from ava_exp.nn.norm import build_norm
 from ava_exp.nn.output import ModelOutput
@@ -34,7 +35,7 @@ class Block(nn.Module):
             norm_epsilon=model.norm_epsilon,
         )
         self.feed_forward_norm = build_norm(model.norm, model.hidden_size, model.norm_epsilon)
-        self.feed_forward = build_feed_forward(model, sparsity)
+        self.feed_forward = build_feed_forward(model, sparsity, layer)
         self.dropout = model.dropout
 
     def forward(self, x_BTD: Tensor, context: AttentionContext) -> tuple[Tensor, Routing | None]:
@@ -48,20 +49,45 @@ class Block(nn.Module):
         return F.dropout(x, self.dropout, self.training) if self.dropout > 0 else x
 
 
-def build_feed_forward(model: ModelConfig, sparsity: SparsityConfig) -> nn.Module:
-    """Return the dense network or the mixture of experts that `sparsity` asks for."""
+def build_feed_forward(model: ModelConfig, sparsity: SparsityConfig, layer: int) -> nn.Module:
+    """Return the dense network or the mixture of experts that `sparsity` asks for in this layer."""
     assert model.intermediate_size is not None
-    if isinstance(sparsity, DenseConfig):
+    if isinstance(sparsity, DenseConfig) or (isinstance(sparsity, MoEConfig) and layer < sparsity.first_k_dense):
         return FeedForward(model.hidden_size, model.intermediate_size, model.activation, model.bias)
     assert isinstance(sparsity, MoEConfig)
-    router = sparsity.router.build(dim=model.hidden_size, num_experts=sparsity.num_experts)
-    return MoELayer(
-        router=router,
+    width = sparsity.intermediate_size or model.intermediate_size
+    experts = Experts(
         num_experts=sparsity.num_experts,
         dim=model.hidden_size,
-        intermediate_size=sparsity.intermediate_size or model.intermediate_size,
+        intermediate_size=width,
         activation=model.activation,
         dispatch=sparsity.dispatch,
+        share=sparsity.share_projection,
+        norm=sparsity.expert_norm,
+        dropout=sparsity.expert_dropout,
+    )
+    has_residual = sparsity.capacity_factor is not None and sparsity.overflow is Overflow.residual
+    return MoELayer(
+        router=sparsity.router.build(dim=model.hidden_size, num_experts=sparsity.num_experts),
+        experts=experts,
+        shared=_network(model, sparsity.num_shared_experts * width) if sparsity.num_shared_experts else None,
+        residual=_network(model, width) if has_residual else None,
+        capacity=_capacity(sparsity),
+    )
+
+
+def _network(model: ModelConfig, width: int) -> FeedForward:
+    return FeedForward(model.hidden_size, width, model.activation)
+
+
+def _capacity(sparsity: MoEConfig) -> CapacityLimit | None:
+    if sparsity.capacity_factor is None:
+        return None
+    return CapacityLimit(
+        factor=sparsity.capacity_factor,
+        experts_per_token=sparsity.router.experts_per_token(sparsity.num_experts),
+        overflow=sparsity.overflow,
+        at_evaluation=sparsity.capacity_at_evaluation,
     )
 
 
@@ -109,6 +135,10 @@ class Decoder(nn.Module):
             cache.advance(ids_BT.shape[1])
         weight = self.embedding.weight if self.head is None else self.head.weight
         return ModelOutput(F.linear(self.final_norm(x_BTD), weight), routings)
+
+    def moe_layers(self) -> list[MoELayer]:
+        """Return the layers that are mixtures of experts, in the order of an output's `routings`."""
+        return [block.feed_forward for block in self.blocks if isinstance(block.feed_forward, MoELayer)]
 
     def new_cache(self, batch_size: int, capacity: int) -> KeyValueCache:
         """Return an empty cache for `capacity` positions of `batch_size` sequences."""

@@ -57,6 +57,8 @@ class Updater:
     ) -> None:
         self.loss_scale = loss_scale or LossScale()
         self.model_parameters = dict(model.named_parameters())
+        state = model.state_dict(keep_vars=True)
+        self.buffers: dict[str, Tensor] = {name: t for name, t in state.items() if name not in self.model_parameters}
         self.wide = master_weights or wide_states
         self.forget_masters = wide_states and not master_weights
         self.weights: dict[str, Tensor] = dict(self.model_parameters)

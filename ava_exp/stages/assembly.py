@@ -17,7 +17,7 @@ from ava_exp.data.prepare import PreparedData, prepare_data
 from ava_exp.errors import ConfigError, must_be
 from ava_exp.evaluation.language import LanguageMetrics, evaluate_language
 from ava_exp.losses.terms import build_losses
-from ava_exp.models.arithmetic import count_parameters, training_flops_per_token
+from ava_exp.models.arithmetic import count_parameters, training_flops
 from ava_exp.models.decoder import Decoder, build_model
 from ava_exp.optim.schedules import Schedule
 from ava_exp.optim.update import LossScale, Updater
@@ -177,9 +177,7 @@ def build_trainer(
         sinks=sinks,
         device=runtime.device,
         backward=runtime.backward,
-        flops_per_token=training_flops_per_token(
-            config.model, config.attention, config.sparsity, config.data.sequence_length
-        ),
+        flops=training_flops(config.model, config.attention, config.sparsity, config.data.sequence_length),
         peak_flops=peak * 1e12 if peak else None,
     )
 

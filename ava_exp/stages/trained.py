@@ -61,7 +61,7 @@ def open_trained_run(config: RunConfig, run: str | None) -> TrainedRun:
     snapshot = read_checkpoint(checkpoint)
     if trained.precision.inference is not None:
         model = model.to(DTYPES[trained.precision.inference])
-    load_weights(snapshot, dict(model.named_parameters()))
+    load_weights(snapshot, model.state_dict(keep_vars=True))
     return TrainedRun(folder=folder, config=trained, runtime=runtime, data=data, model=model.eval(), step=snapshot.step)
 
 

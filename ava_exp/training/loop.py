@@ -16,6 +16,7 @@ from ava_exp.data.loader import Batch, BatchLoader
 from ava_exp.errors import UserError
 from ava_exp.evaluation.language import LanguageMetrics
 from ava_exp.losses.terms import LossTerm
+from ava_exp.models.arithmetic import StepFlops
 from ava_exp.models.decoder import Decoder
 from ava_exp.optim.schedules import Schedule
 from ava_exp.optim.update import Updater
@@ -38,7 +39,7 @@ class Trainer:
 
     `sinks` receive every record as it happens; `evaluate(final)` measures the model, or returns None where a signal
     cut it short; `save(state)` keeps it.
-    `peak_flops` (FLOP/s) and `flops_per_token` give the share of the peak that is used (MFU).
+    `peak_flops` (FLOP/s) and `flops` give the share of the peak that is used (MFU), by the visits that experts had.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class Trainer:
         sinks: Sequence[Callable[[Record], None]] = (),
         device: torch.device | None = None,
         backward: Callable[[Tensor], None] = torch.Tensor.backward,
-        flops_per_token: float = 0.0,
+        flops: StepFlops | None = None,
         peak_flops: float | None = None,
     ) -> None:
         self.model, self.loader, self.updater, self.schedule, self.terms = model, loader, updater, schedule, terms
@@ -71,7 +72,7 @@ class Trainer:
         self.evaluation_interval, self.save_interval = evaluation_interval, save_interval
         self.evaluate, self.save, self.sinks = evaluate, save, sinks
         self.device, self.backward = device or torch.device("cpu"), backward
-        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
+        self.flops, self.peak_flops = flops, peak_flops
 
     def fit(self, requests: SignalRequests | None = None) -> Outcome:
         """Train until the budget is spent, or until a signal asks to stop; then the state has been saved."""
@@ -109,6 +110,7 @@ class Trainer:
             batches,
             self.terms,
             learning_rate=self._learning_rate(self.state.step),
+            progress=self.state.step / self.total_steps,
             max_norm=self.gradient_clip_val,
             device=self.device,
             backward=self.backward,
@@ -146,13 +148,20 @@ class Trainer:
             "learning_rate": self._learning_rate(self.state.step - 1),
             "grad_norm": metrics.grad_norm,
             "tokens_per_s": rate,
-            "mfu": rate * self.flops_per_token / self.peak_flops if self.peak_flops else None,
+            "mfu": self._mfu(metrics, seconds),
             "sample_crc32": zlib.crc32(np.concatenate([batch.sample_ids for batch in batches]).tobytes()),
             "skipped": not metrics.applied,
         }
-        if metrics.expert_counts is not None:
-            record["expert_load"] = (metrics.expert_counts / metrics.expert_counts.sum(dim=1, keepdim=True)).tolist()
+        if visits := metrics.tally.visits():
+            record["expert_load"] = [[count / max(1, sum(layer)) for count in layer] for layer in visits]
+            record["dropped_visits"] = metrics.tally.dropped()
         return record
+
+    def _mfu(self, metrics: StepMetrics, seconds: float) -> float | None:
+        if self.flops is None or self.peak_flops is None:
+            return None
+        num_visits = sum(map(sum, metrics.tally.visits()))
+        return self.flops.of(metrics.num_tokens, num_visits) / seconds / self.peak_flops
 
     def _evaluate(self, final: bool) -> None:
         if self.evaluate is None:

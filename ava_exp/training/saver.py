@@ -99,7 +99,7 @@ def take_snapshot(updater: Updater, state: TrainState, extra: dict[str, Any]) ->
     return Snapshot(
         step=state.step,
         tensors={
-            "model": _copies(updater.weights),
+            "model": _copies({**updater.weights, **updater.buffers}),
             "optimizer": _copies(optimizer_tensors),
             "random": random_tensors,
         },
@@ -109,7 +109,7 @@ def take_snapshot(updater: Updater, state: TrainState, extra: dict[str, Any]) ->
 
 def restore_snapshot(snapshot: Snapshot, updater: Updater, *, reset_optimizer: bool) -> TrainState:
     """Put a snapshot back into a model and its optimizer. Raises CheckpointError when it does not fit them."""
-    load_weights(snapshot, updater.weights)
+    load_weights(snapshot, {**updater.weights, **updater.buffers})
     updater.round_masters()
     try:
         state = TrainState.from_json(snapshot.state["train"])

@@ -9,20 +9,21 @@ import torch
 from torch import Tensor
 
 from ava_exp.data.loader import IGNORED, Batch
-from ava_exp.losses.terms import LossTerm
+from ava_exp.losses.terms import LossTerm, StepContext
 from ava_exp.models.decoder import Decoder
 from ava_exp.optim.update import Updater
+from ava_exp.training.tally import ExpertTally
 
 
 @dataclass(kw_only=True, slots=True)
 class StepMetrics:
-    """What one step did. `losses` are unweighted means over the step; `expert_counts` is (layers, E) or None."""
+    """What one step did. `losses` are unweighted means over the step; `tally` is what its routers did."""
 
     losses: dict[str, float]
     grad_norm: float
     applied: bool
     num_tokens: int
-    expert_counts: Tensor | None
+    tally: ExpertTally
 
 
 def train_step(
@@ -32,25 +33,30 @@ def train_step(
     terms: Sequence[LossTerm],
     *,
     learning_rate: float,
+    progress: float = 0.0,
     max_norm: float,
     device: torch.device,
     backward: Callable[[Tensor], None],
 ) -> StepMetrics:
-    """Accumulate the gradient of the weighted terms over `micro_batches` and apply it once."""
+    """Accumulate the gradient of the weighted terms over `micro_batches`, apply it once, and let routers adapt.
+
+    `progress` is the share of the budget that is spent, on which the weights of terms may depend.
+    """
     num_tokens = sum(int((batch.labels != IGNORED).sum()) for batch in micro_batches)
     sums = torch.zeros(len(terms), device=device)
-    counts: Tensor | None = None
+    weights = torch.tensor([term.weight_at(progress) for term in terms], device=device)
+    tally = ExpertTally()
     for batch in micro_batches:
         output = model(batch.input_ids.to(device, non_blocking=True))
         labels = batch.labels.to(device, non_blocking=True)
-        values = torch.stack([term(output, labels, num_tokens) for term in terms])
-        weights = torch.tensor([term.weight for term in terms], device=device)
+        tally.add(output.routings)
+        context = StepContext(num_tokens=num_tokens, chosen_counts=[layer.chosen_counts for layer in tally.layers])
+        values = torch.stack([term(output, labels, context) for term in terms])
         backward((values * weights).sum() * updater.loss_scale.scale)
         updater.collect_gradients()
         sums += values.detach()
-        if output.routings:
-            layer_counts = torch.stack([routing.counts for routing in output.routings])
-            counts = layer_counts if counts is None else counts + layer_counts
     norm, applied = updater.apply(learning_rate, max_norm)
+    if applied:
+        tally.adapt(model)
     losses = {term.name: value for term, value in zip(terms, sums.tolist(), strict=True)}
-    return StepMetrics(losses=losses, grad_norm=norm, applied=applied, num_tokens=num_tokens, expert_counts=counts)
+    return StepMetrics(losses=losses, grad_norm=norm, applied=applied, num_tokens=num_tokens, tally=tally)

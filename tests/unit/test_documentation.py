@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ava_exp.config import model as model_configs
+from ava_exp.config import router as router_configs
 from ava_exp.config import schema, store
 from ava_exp.config.compose import compose
 from ava_exp.config.folders import group_names, option_names
@@ -180,11 +180,11 @@ def test_the_recipe_for_a_router_works(conf: Path, monkeypatch: pytest.MonkeyPat
 
     module = types.ModuleType("ava_exp.nn.moe.random")
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(model_configs, "RandomRouterConfig", None, raising=False)
+    monkeypatch.setattr(router_configs, "RandomRouterConfig", None, raising=False)
     monkeypatch.setattr(store, "SCHEMAS", {**store.SCHEMAS})
     for path, target in (
         ("ava_exp/nn/moe/random.py", module),
-        ("ava_exp/config/model.py", model_configs),
+        ("ava_exp/config/router.py", router_configs),
         ("ava_exp/config/store.py", store),
     ):
         code = "from __future__ import annotations\n" + excerpt("python", path).text

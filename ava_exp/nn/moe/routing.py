@@ -1,4 +1,4 @@
-"""What a router decides, and the losses that keep it balanced."""
+"""What a router decides about tokens."""
 
 from __future__ import annotations
 
@@ -8,33 +8,43 @@ import torch
 from torch import Tensor
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Routing:
-    """A router's decision for N tokens.
-
-    `expert_ids` (N, k) int64 and `weights` (N, k) fp32 say which experts a token visits and how their outputs add up;
-    `losses` holds unweighted scalars, each a mean over tokens; `counts` (E,) int64 are assignments per expert.
-    """
+    """A router's decision for N tokens, E experts and at most k experts a token."""
 
     expert_ids: Tensor
+    """Shape (N, k), int64: the experts that a token visits; -1 is no visit."""
     weights: Tensor
+    """Shape (N, k), fp32: how the experts' outputs add up."""
     counts: Tensor
+    """Shape (E,), int64: visits of each expert."""
+    chosen_counts: Tensor
+    """Shape (E,), int64: the visits that tokens had asked for, before any capacity was imposed."""
+    affinities: Tensor
+    """Shape (N, E), fp32: the router's score of every expert, which weights are made of. It has a gradient."""
+    probabilities: Tensor
+    """Shape (N, E): the affinities, summing to 1 for every token. They have a gradient."""
+    preferences: Tensor
+    """Shape (N, E): in what order a token wants the experts, the largest first; minus infinity is out of reach."""
     losses: dict[str, Tensor] = field(default_factory=dict)
+    """Unweighted scalars, each a mean over tokens."""
+    observed: Tensor | None = None
+    """Shape (E,), fp32: what the router learns from after the step, besides the counts."""
+    ragged: bool = False
+    """Whether an id may be -1."""
 
 
-def count_assignments(expert_ids_Nk: Tensor, num_experts: int) -> Tensor:
-    """Return how many of the N·k assignments go to each expert, (E,) int64."""
-    return torch.bincount(expert_ids_Nk.flatten(), minlength=num_experts)
+def count_visits(expert_ids_Nk: Tensor, num_experts: int) -> Tensor:
+    """Return the visits of each expert, (E,) int64, without waiting for the device."""
+    ids = expert_ids_Nk.flatten()
+    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device)
+    # -1 is counted in the last place, which is then left out.
+    return counts.scatter_add_(0, ids % (num_experts + 1), torch.ones_like(ids))[:num_experts]
 
 
-def load_balancing_loss(probabilities_NE: Tensor, counts_E: Tensor) -> Tensor:
-    """Switch balance loss [fedus2022switch] eq. 4: E · Σ f_i · P_i, which is 1 when both are uniform.
-
-    f_i is the share of assignments (of all k choices, where the paper has k = 1) and carries no gradient;
-    P_i is the mean router probability.
-    """
-    shares = counts_E.to(probabilities_NE.dtype) / counts_E.sum()
-    return probabilities_NE.shape[-1] * (shares * probabilities_NE.mean(dim=0)).sum()
+def renormalize(weights_Nk: Tensor) -> Tensor:
+    """Return weights that sum to 1 for every token; a token without a visit keeps its zeros."""
+    return weights_Nk / weights_Nk.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(weights_Nk.dtype).tiny)
 
 
 def router_z_loss(logits_NE: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ava_exp.config.model import GroupedAttentionConfig, ModelConfig, MoEConfig, TopKRouterConfig
+from ava_exp.config.model import GroupedAttentionConfig, ModelConfig, MoEConfig
+from ava_exp.config.router import TopKRouterConfig
 from ava_exp.errors import UserError
 from ava_exp.generation.sampling import filter_logits, sample_tokens
 from ava_exp.models.decoder import Decoder, build_model

@@ -19,8 +19,8 @@ from ava_exp.config.model import (
     MoEConfig,
     Norm,
     SparsityConfig,
-    TopKRouterConfig,
 )
+from ava_exp.config.router import TopKRouterConfig
 from ava_exp.errors import ConfigError
 from ava_exp.models.arithmetic import count_parameters, forward_flops_per_token
 from ava_exp.models.decoder import Decoder, build_model

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from ava_exp.config.model import Activation, DispatchBackend
 from ava_exp.errors import ConfigError
+from ava_exp.losses.balance import load_balancing_loss
 from ava_exp.nn.ffn import FeedForward
+from ava_exp.nn.moe.experts import Experts
 from ava_exp.nn.moe.layer import MoELayer
-from ava_exp.nn.moe.routing import load_balancing_loss, router_z_loss
+from ava_exp.nn.moe.routing import router_z_loss
 from ava_exp.nn.moe.topk import TopKRouter
 
 DIM, WIDTH = 16, 24
@@ -31,10 +33,11 @@ def build_layer(
         renormalize=renormalize,
         routing_temperature=1.0,
         jitter=jitter,
+        whole_expert_dropout=0.0,
         dim=DIM,
         num_experts=num_experts,
     )
-    layer = MoELayer(router, num_experts, DIM, WIDTH, activation, dispatch)
+    layer = MoELayer(router, Experts(num_experts, DIM, WIDTH, activation, dispatch))
     generator = torch.Generator().manual_seed(3)
     for parameter in layer.parameters():
         parameter.data.normal_(0, 0.4, generator=generator)

@@ -17,6 +17,7 @@ from ava_exp.training.loop import Outcome, Trainer
 from ava_exp.training.signals import SignalRequests
 from ava_exp.training.state import TrainState
 from ava_exp.training.step import StepMetrics
+from ava_exp.training.tally import ExpertTally
 
 NUM_STEPS = 4
 SAVE_EVERY = EVALUATE_EVERY = 2
@@ -62,7 +63,7 @@ class Loop(Trainer):
         )
 
     def _step(self, batches: list[Batch]) -> tuple[StepMetrics, float]:
-        return StepMetrics(losses={"loss": 1.0}, grad_norm=1.0, applied=True, num_tokens=1, expert_counts=None), 0.1
+        return StepMetrics(losses={"loss": 1.0}, grad_norm=1.0, applied=True, num_tokens=1, tally=ExpertTally()), 0.1
 
 
 def fit(signal_at_line: int | None = None, number: signal.Signals = signal.SIGTERM) -> tuple[Loop, Outcome, int]:
