@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ava_exp.config.model import MoEConfig, SparsityConfig
 from ava_exp.data.loader import IGNORED
-from ava_exp.losses.cross_entropy import cross_entropy
+from ava_exp.losses.cross_entropy import linear_cross_entropy
 from ava_exp.nn.output import ModelOutput
 
 
@@ -35,7 +35,7 @@ class CrossEntropy:
     weight: float = 1.0
 
     def __call__(self, output: ModelOutput, labels_BT: Tensor, num_tokens: int) -> Tensor:
-        return cross_entropy(output.logits.flatten(0, 1), labels_BT.flatten(), num_tokens)
+        return linear_cross_entropy(output.hidden.flatten(0, 1), output.head, labels_BT.flatten(), num_tokens)
 
 
 @dataclass(slots=True)

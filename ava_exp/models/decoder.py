@@ -108,7 +108,7 @@ class Decoder(nn.Module):
         if cache is not None:
             cache.advance(ids_BT.shape[1])
         weight = self.embedding.weight if self.head is None else self.head.weight
-        return ModelOutput(F.linear(self.final_norm(x_BTD), weight), routings)
+        return ModelOutput(self.final_norm(x_BTD), weight, routings)
 
     def new_cache(self, batch_size: int, capacity: int) -> KeyValueCache:
         """Return an empty cache for `capacity` positions of `batch_size` sequences."""
