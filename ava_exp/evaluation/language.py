@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ava_exp.data.loader import IGNORED, Batch
-from ava_exp.losses.cross_entropy import cross_entropy
+from ava_exp.losses.cross_entropy import score_labels
 from ava_exp.models.decoder import Decoder
 
 
@@ -42,10 +42,10 @@ def evaluate_language(
     nats, correct, tokens, num_bytes = 0.0, 0, 0, 0
     for batch in batches:
         labels = batch.labels.to(device).flatten()
-        logits = model(batch.input_ids.to(device)).logits.flatten(0, 1)
-        nats += cross_entropy(logits, labels).item()
+        output = model(batch.input_ids.to(device))
+        batch_nats, batch_correct = score_labels(output.hidden.flatten(0, 1), output.head, labels)
+        nats, correct = nats + batch_nats.item(), correct + int(batch_correct)
         valid = labels != IGNORED
-        correct += int((logits.argmax(dim=-1)[valid] == labels[valid]).sum())
         tokens += int(valid.sum())
         num_bytes += int(bytes_of[labels[valid]].sum())
     model.train(was_training)

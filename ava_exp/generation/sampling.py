@@ -53,7 +53,7 @@ def sample_tokens(
     cache = model.new_cache(batch_size=1, capacity=min(limit, len(prompt_ids) + max_new_tokens))
     ids = torch.tensor([prompt_ids], device=device)
     for _ in range(min(max_new_tokens, limit - len(prompt_ids))):
-        logits = model(ids, cache).logits[:, -1].float()
+        logits = model(ids, cache).last_logits.float()
         if temperature == 0:
             ids = logits.argmax(dim=-1, keepdim=True)
         else:

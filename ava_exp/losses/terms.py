@@ -13,7 +13,7 @@ from ava_exp.config.model import MoEConfig, SparsityConfig
 from ava_exp.config.router import BalanceScope
 from ava_exp.data.loader import IGNORED
 from ava_exp.losses.balance import absolute_deviation_loss, load_balancing_loss
-from ava_exp.losses.cross_entropy import cross_entropy
+from ava_exp.losses.cross_entropy import linear_cross_entropy
 from ava_exp.nn.moe.routing import Routing
 from ava_exp.nn.output import ModelOutput
 
@@ -52,7 +52,7 @@ class CrossEntropy:
         return 1.0
 
     def __call__(self, output: ModelOutput, labels_BT: Tensor, context: StepContext) -> Tensor:
-        return cross_entropy(output.logits.flatten(0, 1), labels_BT.flatten(), context.num_tokens)
+        return linear_cross_entropy(output.hidden.flatten(0, 1), output.head, labels_BT.flatten(), context.num_tokens)
 
 
 @dataclass(slots=True)

@@ -134,7 +134,7 @@ class Decoder(nn.Module):
         if cache is not None:
             cache.advance(ids_BT.shape[1])
         weight = self.embedding.weight if self.head is None else self.head.weight
-        return ModelOutput(F.linear(self.final_norm(x_BTD), weight), routings)
+        return ModelOutput(self.final_norm(x_BTD), weight, routings)
 
     def moe_layers(self) -> list[MoELayer]:
         """Return the layers that are mixtures of experts, in the order of an output's `routings`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from ava_exp.nn.moe.routing import Routing
@@ -11,7 +12,19 @@ from ava_exp.nn.moe.routing import Routing
 
 @dataclass(slots=True)
 class ModelOutput:
-    """`logits` (B, T, V) in the model's format; `routings` one entry for every mixture-of-experts layer."""
+    """`hidden` (B, T, D) after the last norm and `head` (V, D), whose product are the logits, in the model's format;
+    `routings` one entry for every mixture-of-experts layer."""
 
-    logits: Tensor
+    hidden: Tensor
+    head: Tensor
     routings: list[Routing] = field(default_factory=list)
+
+    @property
+    def logits(self) -> Tensor:
+        """All logits, (B, T, V), computed at each call: large where the vocabulary is. The losses do without."""
+        return F.linear(self.hidden, self.head)
+
+    @property
+    def last_logits(self) -> Tensor:
+        """The logits of the last position, (B, V)."""
+        return F.linear(self.hidden[:, -1], self.head)

@@ -8,69 +8,45 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import ava_exp.losses.cross_entropy as module
 from ava_exp.config.model import DenseConfig, MoEConfig
 from ava_exp.config.router import BalanceScope, TopKRouterConfig
 from ava_exp.data.loader import IGNORED
 from ava_exp.losses.balance import absolute_deviation_loss
-from ava_exp.losses.cross_entropy import cross_entropy
 from ava_exp.losses.terms import CrossEntropy, RouterLoss, StepContext, build_losses
 from ava_exp.nn.moe.routing import Routing
 from ava_exp.nn.output import ModelOutput
 
 
-def some_logits(rows: int = 30, vocabulary: int = 17) -> tuple[torch.Tensor, torch.Tensor]:
+def output_of(batch: int, length: int) -> ModelOutput:
     generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(0, vocabulary, (rows,), generator=generator)
-    labels[::7] = IGNORED
-    return 3 * torch.randn(rows, vocabulary, generator=generator), labels
-
-
-@pytest.mark.parametrize("factor", [1.0, 0.3])
-@pytest.mark.parametrize("slice_values", [17, 100, 10_000])
-def test_cross_entropy_and_its_gradient_equal_torch(
-    slice_values: int, factor: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "SLICE_VALUES", slice_values)
-    logits, labels = some_logits()
-    ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
-    value = cross_entropy(ours, labels)
-    expected = F.cross_entropy(theirs, labels, ignore_index=IGNORED, reduction="sum")
-    torch.testing.assert_close(value, expected)
-    (value * factor).backward()
-    (expected * factor).backward()
-    torch.testing.assert_close(ours.grad, theirs.grad)
-
-
-def test_cross_entropy_gradcheck() -> None:
-    logits, labels = some_logits(6, 5)
-    assert torch.autograd.gradcheck(lambda x: cross_entropy(x, labels, 3.0), logits.double().requires_grad_())
-
-
-def test_cross_entropy_of_bf16_logits_is_summed_in_fp32() -> None:
-    logits, labels = some_logits()
-    value = cross_entropy(logits.bfloat16(), labels)
-    expected = F.cross_entropy(logits.bfloat16().float(), labels, ignore_index=IGNORED, reduction="sum")
-    assert value.dtype == torch.float32
-    torch.testing.assert_close(value, expected)
+    return ModelOutput(
+        torch.randn(batch, length, 5, generator=generator), torch.randn(17, 5, generator=generator), routings=[]
+    )
 
 
 def test_shares_of_micro_batches_add_up_to_the_mean() -> None:
-    logits, labels = some_logits(24)
-    whole = CrossEntropy()(ModelOutput(logits.view(4, 6, -1)), labels.view(4, 6), StepContext(num_tokens=20))
+    output = output_of(4, 6)
+    labels = torch.randint(0, 17, (4, 6), generator=torch.Generator().manual_seed(1))
+    labels[:, ::5] = IGNORED
+    context = StepContext(num_tokens=20)
+    whole = CrossEntropy()(output, labels, context)
     parts = [
-        CrossEntropy()(
-            ModelOutput(logits.view(4, 6, -1)[i : i + 1]), labels.view(4, 6)[i : i + 1], StepContext(num_tokens=20)
-        )
-        for i in range(4)
+        CrossEntropy()(ModelOutput(output.hidden[i : i + 1], output.head), labels[i : i + 1], context) for i in range(4)
     ]
     torch.testing.assert_close(sum(parts), whole)
+    logits = output.logits.flatten(0, 1)
+    expected = F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED, reduction="sum") / 20
+    torch.testing.assert_close(whole, expected)
 
 
 def routing(**changes: Any) -> Routing:
     empty = torch.zeros(0)
     names = ("expert_ids", "weights", "counts", "chosen_counts", "affinities", "probabilities", "preferences")
     return Routing(**dict.fromkeys(names, empty) | changes)
+
+
+def one_token(routings: list[Routing]) -> ModelOutput:
+    return ModelOutput(torch.zeros(1, 1, 3), torch.zeros(7, 3), routings)
 
 
 def router_loss(config: TopKRouterConfig, name: str) -> RouterLoss:
@@ -84,7 +60,7 @@ def test_router_loss_is_the_mean_over_layers_times_the_share_of_tokens() -> None
     labels = torch.zeros(2, 5, dtype=torch.long)
     context = StepContext(num_tokens=40, chosen_counts=[torch.zeros(0)] * 2)
     value = router_loss(TopKRouterConfig(), "router_z_loss")(
-        ModelOutput(torch.zeros(2, 5, 3), routings), labels, context
+        ModelOutput(torch.zeros(2, 5, 3), torch.zeros(7, 3), routings), labels, context
     )
     assert value.item() == pytest.approx(2.0 * 10 / 40)
 
@@ -109,7 +85,9 @@ def test_the_balance_loss_counts_visits_over_its_scope(scope: BalanceScope, expe
     routings = [routing(probabilities=probabilities, chosen_counts=torch.tensor([4, 0]))]
     context = StepContext(num_tokens=1, chosen_counts=[torch.tensor([4, 4])])
     term = router_loss(TopKRouterConfig(balance_over=scope), "load_balancing_loss")
-    value = term(ModelOutput(torch.zeros(1, 1, 3), routings), torch.zeros(1, 1, dtype=torch.long), context)
+    value = term(
+        ModelOutput(torch.zeros(1, 1, 3), torch.zeros(7, 3), routings), torch.zeros(1, 1, dtype=torch.long), context
+    )
     assert value.item() == pytest.approx(expected)
 
 
@@ -122,7 +100,9 @@ def test_a_loss_of_weight_0_is_watched_without_a_gradient(
     config = TopKRouterConfig(load_balancing_weight=weight, load_balancing_weight_end=weight_end)
     context = StepContext(num_tokens=1, chosen_counts=[torch.zeros(2)])
     term = router_loss(config, "load_balancing_loss")
-    value = term(ModelOutput(torch.zeros(1, 1, 3), routings), torch.zeros(1, 1, dtype=torch.long), context)
+    value = term(
+        ModelOutput(torch.zeros(1, 1, 3), torch.zeros(7, 3), routings), torch.zeros(1, 1, dtype=torch.long), context
+    )
     assert value.item() == pytest.approx(2 * (0.25 * 0.4 + 0.75 * 0.6))
     assert value.requires_grad is learns
 

@@ -107,7 +107,7 @@ def test_closed_form_flops(index: int) -> None:
     attention.backend = AttentionBackend.plain
     model = build_model(config, attention, sparsity).eval()
     with FlopCounterMode(display=False) as counter:
-        model(some_ids(2, length))
+        assert model(some_ids(2, length)).logits.shape == (2, length, 96)
     assert config.head_dim is not None
     beyond_causal = 4 * config.num_layers * config.num_heads * config.head_dim * (length - (length + 1) / 2)
     ours = forward_flops_per_token(config, attention, sparsity, length) + beyond_causal
