@@ -11,7 +11,7 @@ from dataclasses import fields
 from rich.console import Console
 from rich.table import Table
 
-from ava_exp.config.machine import Precision
+from ava_exp.config.machine import DeviceType, HardwareConfig, Precision
 from ava_exp.config.run import RunConfig
 from ava_exp.config.stage import PlanConfig
 from ava_exp.errors import EXIT_OK
@@ -24,7 +24,7 @@ from ava_exp.models.arithmetic import (
     forward_flops_per_token,
     training_flops_per_token,
 )
-from ava_exp.models.zero import STAGES, divide, layer_parameters
+from ava_exp.models.zero import STAGES, ZeroMemory, divide, layer_parameters
 from ava_exp.training.forecast import forecast, tokens_per_second
 
 GIB = 2**30
@@ -49,7 +49,7 @@ def run(config: RunConfig) -> int:
     for sentence in _claims(config, breakdown):
         console.print(sentence)
     console.print(_flops(config))
-    console.print(_memory_table(config, breakdown))
+    console.print(_memory_table(config))
     console.print(_time(config, breakdown))
     return EXIT_OK
 
@@ -75,10 +75,10 @@ def _claims(config: RunConfig, breakdown: ParameterBreakdown) -> Iterator[str]:
     embedding = next(part for part in breakdown.parts if part.name == "embedding")
     claim = model.claimed_active_parameters or model.claimed_parameters
     if claim and embedding.total > claim:
-        size = _short(embedding.total)
+        size = short(embedding.total)
         yield f"No model with this vocabulary is so small: the embedding alone has {size} parameters."
     if model.claimed_memory_gb is not None:
-        whole = _memory(config, Precision.mixed_bf16)
+        whole = device_memory(config, Precision.mixed_bf16, stage=0).device
         state = sum(getattr(whole, part) for part in STATE)
         yield (
             f"Its source claims {model.claimed_memory_gb:,g} GB of memory ({model.claimed_hardware}): the weights in "
@@ -91,63 +91,73 @@ def _flops(config: RunConfig) -> str:
     length = config.data.sequence_length
     forward = forward_flops_per_token(config.model, config.attention, config.sparsity, length)
     training = training_flops_per_token(config.model, config.attention, config.sparsity, length)
-    return f"FLOPs per token at {length} positions: {_short(forward)} forward, {_short(training)} forward and backward."
+    return f"FLOPs per token at {length} positions: {short(forward)} forward, {short(training)} forward and backward."
 
 
-def _memory(config: RunConfig, precision: Precision) -> MemoryEstimate:
-    """Return what one device needs that has everything."""
-    return estimate_memory(
+def device_memory(config: RunConfig, precision: Precision, *, stage: int, offload: bool = False) -> ZeroMemory:
+    """Return what one of the run's devices needs at a stage of ZeRO, with or without offload of its optimizer."""
+    layer = layer_parameters(count_parameters(config.model, config.attention, config.sparsity), config.model.num_layers)
+    whole = estimate_memory(
         config.model,
         config.attention,
         config.sparsity,
         precision=precision,
-        batch_size=config.training.batch_size or config.hardware.batch_size,
+        batch_size=_batch_size(config),
         sequence_length=config.data.sequence_length,
     )
-
-
-def _memory_table(config: RunConfig, breakdown: ParameterBreakdown) -> Table:
-    hardware = config.hardware
-    batch_size = config.training.batch_size or hardware.batch_size
-    table = _table(
-        f"Training memory of a device in GiB: Adam, {batch_size} sequences of {config.data.sequence_length}",
-        "part",
-        *FORMATS,
+    return divide(
+        whole,
+        stage=stage,
+        num_devices=config.hardware.num_devices,
+        layer_weights=layer * WEIGHT_BYTES[precision],
+        offload_optimizer=offload,
     )
-    wholes = [_memory(config, precision) for precision in FORMATS.values()]
+
+
+def _batch_size(config: RunConfig) -> int:
+    return config.training.batch_size or config.hardware.batch_size
+
+
+def fits(memory: ZeroMemory, hardware: HardwareConfig) -> bool:
+    """Whether one device holds it; of a device that declares no memory, nothing is said to fit."""
+    return hardware.memory_gib is not None and memory.total <= hardware.memory_gib * GIB
+
+
+def _memory_table(config: RunConfig) -> Table:
+    hardware, formats = config.hardware, FORMATS.values()
+    work = f"{_batch_size(config)} sequences of {config.data.sequence_length}"
+    table = _table(f"Training memory of a device in GiB: Adam, {work}", "part", *FORMATS)
+    wholes = [device_memory(config, precision, stage=0).device for precision in formats]
     for part in fields(MemoryEstimate):
         table.add_row(part.name.replace("_", " "), *(_size(getattr(whole, part.name) / GIB) for whole in wholes))
     table.add_section()
-    layer, any_fits = layer_parameters(breakdown, config.model.num_layers), False
-    for name, stage, offload in _divisions(hardware.num_devices):
-        divided = [
-            divide(
-                whole,
-                stage=stage,
-                num_devices=hardware.num_devices,
-                layer_weights=layer * WEIGHT_BYTES[precision],
-                offload_optimizer=offload,
-            )
-            for whole, precision in zip(wholes, FORMATS.values(), strict=True)
-        ]
-        fits = [hardware.memory_gib is not None and m.total <= hardware.memory_gib * GIB for m in divided]
-        any_fits = any_fits or any(fits)
-        cells = zip(divided, fits, strict=True)
-        table.add_row(name, *(f"{_size(memory.total / GIB)} {FITS if fit else ' '}" for memory, fit in cells))
-    table.add_section()
-    table.add_row("host memory of offload", *(_size(memory.host / GIB) for memory in divided))
+    answer = "Nothing fits"
+    for name, stage, offload in _divisions(hardware):
+        divided = [device_memory(config, precision, stage=stage, offload=offload) for precision in formats]
+        marks = [FITS if fits(memory, hardware) else " " for memory in divided]
+        answer = f"{FITS} fits" if FITS in marks else answer
+        table.add_row(name, *(f"{_size(m.total / GIB)} {mark}" for m, mark in zip(divided, marks, strict=True)))
+    if can_offload(hardware):
+        table.add_section()
+        table.add_row("host memory of offload", *(_size(memory.host / GIB) for memory in divided))
     if hardware.memory_gib is not None:
-        answer = f"{FITS} fits" if any_fits else "Nothing fits"
         table.caption = f"{answer} {hardware.name} ({hardware.memory_gib:g} GiB)."
     return table
 
 
-def _divisions(num_devices: int) -> list[tuple[str, int, bool]]:
-    """Return (name, ZeRO stage, offload) of each way to divide that differs; the last one offloads."""
-    if num_devices == 1:
-        return [("all, at any ZeRO stage", 0, False), ("ZeRO-1 to 3, offload", 1, True)]
-    plain = [(f"ZeRO-{stage}", stage, False) for stage in STAGES]
-    return plain + [(f"ZeRO-{stage}, offload", stage, True) for stage in STAGES[1:]]
+def can_offload(hardware: HardwareConfig) -> bool:
+    """Whether the host has memory of its own: a CPU is the host, and an Apple GPU shares its memory."""
+    return hardware.device not in (DeviceType.cpu, DeviceType.mps)
+
+
+def _divisions(hardware: HardwareConfig) -> list[tuple[str, int, bool]]:
+    """Return (name, ZeRO stage, offload) of each way to divide that differs, those that offload last."""
+    if hardware.num_devices == 1:
+        divisions = [("all, at any ZeRO stage", 0, False), ("ZeRO-1 to 3, offload", 1, True)]
+    else:
+        divisions = [(f"ZeRO-{stage}", stage, False) for stage in STAGES]
+        divisions += [(f"ZeRO-{stage}, offload", stage, True) for stage in STAGES[1:]]
+    return [division for division in divisions if not division[2] or can_offload(hardware)]
 
 
 def _time(config: RunConfig, breakdown: ParameterBreakdown) -> Table | str:
@@ -178,8 +188,8 @@ def _budget_cells(config: RunConfig, breakdown: ParameterBreakdown, rate: float)
     expected = forecast(config, breakdown, rate)
     if expected is None:
         return []
-    cost = [] if expected.cost is None else [f"{expected.cost:,.2f}"]
-    return [f"{expected.steps:,}", _short(expected.tokens), _duration(expected.seconds), *cost]
+    cost = [] if expected.cost is None else [_money(expected.cost)]
+    return [f"{expected.steps:,}", short(expected.tokens), _duration(expected.seconds), *cost]
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -194,7 +204,12 @@ def _size(number: float) -> str:
     return f"{number:,.2f}" if number < 1000 else f"{number:,.0f}"
 
 
-def _short(number: float) -> str:
+def _money(amount: float) -> str:
+    return f"{amount:,.2f}" if amount < 1e6 else short(amount)
+
+
+def short(number: float) -> str:
+    """Return a number in a few digits: 1.83 B."""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
         if number >= size:
             return f"{number / size:.2f} {unit}"
