@@ -125,7 +125,7 @@ def fits(memory: ZeroMemory, hardware: HardwareConfig) -> bool:
 
 def _memory_table(config: RunConfig) -> Table:
     hardware, formats = config.hardware, FORMATS.values()
-    work = f"{_batch_size(config)} sequences of {config.data.sequence_length}"
+    work = f"{_batch_size(config)} × {config.data.sequence_length} tokens"
     table = _table(f"Training memory of a device in GiB: Adam, {work}", "part", *FORMATS)
     wholes = [device_memory(config, precision, stage=0).device for precision in formats]
     for part in fields(MemoryEstimate):
