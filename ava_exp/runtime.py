@@ -6,13 +6,15 @@ What is measured is measured once: `Resolution` is stored in the run folder, and
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import json
 import logging
 import os
 import platform
+import re
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +127,7 @@ def open_runtime(
 
 def store_resolution(resolution: Resolution) -> dict[str, Any]:
     """Return plain values for `open_runtime(stored=…)`."""
-    return asdict(resolution)
+    return dataclasses.asdict(resolution)
 
 
 def _find_device(hardware: HardwareConfig) -> DeviceType:
@@ -140,12 +142,24 @@ def _find_device(hardware: HardwareConfig) -> DeviceType:
 
 
 def _match_hardware(hardware: HardwareConfig, device: DeviceType) -> tuple[HardwareConfig, list[str]]:
-    """Return the hardware that is really here, and a notice when it is not what was asked for."""
+    """Return the hardware that is really used, and a notice of each way in which it is not what was asked for."""
+    actual, notices = _match_device(hardware, device)
+    if hardware.num_devices == 1:
+        return actual, notices
+    sentence = (
+        f"`hardware.num_devices` is {hardware.num_devices}, but a run is one process on one device in this version"
+    )
+    if hardware.strict:
+        raise ConfigError(f"{sentence}. Set it to 1, or `hardware.strict=false` to run on one.")
+    return dataclasses.replace(actual, num_devices=1), [*notices, f"{sentence}: running on one."]
+
+
+def _match_device(hardware: HardwareConfig, device: DeviceType) -> tuple[HardwareConfig, list[str]]:
     machine = _device_name(device)
     if hardware.device is DeviceType.auto:
         return _known_hardware(device, machine), []
-    fits = hardware.device is device and (device is not DeviceType.cuda or _is_gpu(hardware.name, machine))
-    if fits:
+    is_generic = device is DeviceType.cpu or hardware.name == device.value
+    if hardware.device is device and (is_generic or _is_gpu(hardware.name, machine)):
         return hardware, []
     actual = _known_hardware(device, machine)
     sentence = f"hardware={hardware.name} is not on this machine, which has {machine}"
@@ -155,41 +169,43 @@ def _match_hardware(hardware: HardwareConfig, device: DeviceType) -> tuple[Hardw
 
 
 GPU_NAMES = {
-    "rtx3060": "3060",
-    "rtx3090": "3090",
-    "rtx4090": "4090",
-    "t4": "T4",
-    "v100": "V100",
-    "a100": "A100",
-    "a100_80g": "A100",
-    "h100": "H100",
-    "h200": "H200",
+    "rtx2080": r"RTX 2080(?! Ti| SUPER)",
+    "rtx2080ti": r"RTX 2080 Ti",
+    "rtx3060": r"RTX 3060(?! Ti)",
+    "rtx3090": r"RTX 3090(?! Ti)",
+    "rtx3090ti": r"RTX 3090 Ti",
+    "rtx4090": r"RTX 4090",
+    "t4": r"\bT4\b",
+    "v100": r"V100",
+    "a100": r"A100(?!.*80GB)",
+    "a100_80g": r"A100.*80GB",
+    "h100": r"H100",
+    "h200": r"H200",
+    "m1_max": r"M1 Max",
+    "m2_ultra": r"M2 Ultra",
 }
-"""What CUDA calls the devices of `conf/hardware`."""
+"""What CUDA calls the devices of `conf/hardware`, and macOS its chips."""
 
 
 def _is_gpu(name: str, machine: str) -> bool:
-    pattern = GPU_NAMES.get(name)
-    if pattern is None or pattern not in machine:
-        return False
-    return (name == "a100_80g") == ("80GB" in machine) if pattern == "A100" else True
+    return name in GPU_NAMES and re.search(GPU_NAMES[name], machine) is not None
 
 
 def _known_hardware(device: DeviceType, machine: str) -> HardwareConfig:
     """Return what `conf/hardware` says of this device; of a GPU that it does not know, its name alone."""
-    if device is not DeviceType.cuda:
-        return read_option("hardware", device.value, HardwareConfig)
     for name in GPU_NAMES:
-        if _is_gpu(name, machine):
+        if device is not DeviceType.cpu and _is_gpu(name, machine):
             return read_option("hardware", name, HardwareConfig)
-    return HardwareConfig(name=machine, device=DeviceType.cuda)
+    if device is DeviceType.cuda:
+        return HardwareConfig(name=machine, device=DeviceType.cuda)
+    return read_option("hardware", device.value, HardwareConfig)
 
 
 def _device_name(device: DeviceType) -> str:
     if device is DeviceType.cuda:
         return torch.cuda.get_device_name()
     if device is DeviceType.mps:
-        return "an Apple GPU"
+        return f"an Apple GPU ({cpu_model()})"
     return f"a CPU ({cpu_model()}, {torch.get_num_threads()} threads)"
 
 

@@ -31,7 +31,7 @@ class PeakConfig:
 
 @dataclass(kw_only=True, slots=True)
 class HardwareConfig:
-    """One device and what it is capable of.
+    """A kind of device, what one of them is capable of, and how many there are.
 
     On a machine that lacks it, the run uses what is there, with that device's own batch size and peak, and says so;
     `strict` makes it an error.
@@ -43,6 +43,9 @@ class HardwareConfig:
     bandwidth_gb_per_s: float | None = None
     peak_tflops: PeakConfig = field(default_factory=PeakConfig)
     compute_capability: str | None = None
+    num_devices: int = 1
+    price_per_hour: float | None = None
+    """What one device costs, in any currency."""
     batch_size: int = 8
     """Sequences per micro-batch where `training.batch_size` is null."""
     num_threads: int | None = None

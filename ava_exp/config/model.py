@@ -35,8 +35,11 @@ class ModelConfig:
     """
 
     preset: str = "custom"
-    claimed_parameters: str | None = None
-    """What the preset's source says of its size; shown beside the truth, used nowhere else."""
+    claimed_parameters: int | None = None
+    """What the preset's source says of it, here and below; shown beside the truth, used nowhere else."""
+    claimed_active_parameters: int | None = None
+    claimed_memory_gb: float | None = None
+    claimed_hardware: str | None = None
     vocab_size: int = 65_536
     hidden_size: int = MISSING
     num_layers: int = MISSING
@@ -47,7 +50,10 @@ class ModelConfig:
     num_experts: int = 8
     load_balancing_weight: float = 0.01
     learning_rate: float = 1.5e-4
-    """Peak learning rate of AdamW for a model of this size."""
+    """Peak learning rate of AdamW for a model of this size.
+
+    Presets whose source has none take that of the nearest size in [brown2020gpt3] table 2.1, by active parameters.
+    """
     max_position_embeddings: int = 2048
     activation: Activation = Activation.swiglu
     norm: Norm = Norm.rms

@@ -25,10 +25,13 @@ class ValidateConfig(StageConfig):
 
 @dataclass(kw_only=True, slots=True)
 class PlanConfig(StageConfig):
-    """Print parameters, FLOPs and memory without allocating weights."""
+    """Print parameters, FLOPs, memory, time and cost without allocating weights."""
 
     builds: ClassVar[str] = "ava_exp.stages.plan:run"
     name: ClassVar[str] = "plan"
+
+    assumed_mfu: float = 0.3
+    """Model FLOPs utilisation: the share of the devices' peak that the training is taken to reach."""
 
 
 @dataclass(kw_only=True, slots=True)

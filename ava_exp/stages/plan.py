@@ -1,14 +1,22 @@
-"""Parameters, FLOPs and memory of a run, before it is run. Imports no torch: the largest preset plans in an instant."""
+"""Parameters, FLOPs, memory, time and cost of a run, before it is run.
+
+Imports no torch: the largest preset plans in an instant.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
 
 from rich.console import Console
 from rich.table import Table
 
-from ava_exp.config.machine import HardwareConfig, Precision
+from ava_exp.config.machine import DeviceType, HardwareConfig, Precision
 from ava_exp.config.run import RunConfig
+from ava_exp.config.stage import PlanConfig
 from ava_exp.errors import EXIT_OK
 from ava_exp.models.arithmetic import (
+    WEIGHT_BYTES,
     MemoryEstimate,
     ParameterBreakdown,
     count_parameters,
@@ -16,81 +24,200 @@ from ava_exp.models.arithmetic import (
     forward_flops_per_token,
     training_flops_per_token,
 )
+from ava_exp.models.zero import STAGES, ZeroMemory, divide, layer_parameters
+from ava_exp.training.forecast import forecast, tokens_per_second
 
 GIB = 2**30
+GB = 1e9
+FORMATS = {
+    "fp32": Precision.fp32,
+    "mixed": Precision.mixed_bf16,
+    "fp16": Precision.fp16,
+    "bf16": Precision.bf16,
+}
+"""Columns of the memory table; `mixed_fp16` takes as much as `mixed_bf16`."""
+STATE = ("weights", "master_weights", "gradients", "optimizer")
+"""Parts of the memory that do not depend on the batch."""
+FITS = "✓"
 
 
 def run(config: RunConfig) -> int:
     """Print the plan of this command line. Return the exit code."""
-    console = Console()
+    console = Console(highlight=False)
     breakdown = count_parameters(config.model, config.attention, config.sparsity)
     console.print(_parameter_table(config, breakdown))
-    _print_claim(console, config, breakdown)
-    length = config.data.sequence_length
-    forward = forward_flops_per_token(config.model, config.attention, config.sparsity, length)
-    training = training_flops_per_token(config.model, config.attention, config.sparsity, length)
-    console.print(
-        f"FLOPs per token at {length} positions: {_short(forward)} forward, {_short(training)} forward and backward."
-    )
+    for sentence in _claims(config, breakdown):
+        console.print(sentence)
+    console.print(_flops(config))
     console.print(_memory_table(config))
+    console.print(_time(config, breakdown))
     return EXIT_OK
 
 
 def _parameter_table(config: RunConfig, breakdown: ParameterBreakdown) -> Table:
-    table = Table(title=f"Parameters of {config.model.preset}")
-    for name in ("part", "total", "active per token"):
-        table.add_column(name, justify="left" if name == "part" else "right")
+    model = config.model
+    table = _table(f"Parameters of {model.preset}", "part", "total", "active per token")
     for part in breakdown.parts:
         table.add_row(part.name, f"{part.total:,}", f"{part.active:,}")
     table.add_section()
     table.add_row("all", f"{breakdown.total:,}", f"{breakdown.active:,}")
+    claims = (model.claimed_parameters, model.claimed_active_parameters)
+    if any(claims):
+        table.add_row("its source claims", *(f"{claim:,}" if claim else "" for claim in claims))
+        ratios = zip((breakdown.total, breakdown.active), claims, strict=True)
+        table.add_row("all / claim", *(f"{truth / claim:.2f}" if claim else "" for truth, claim in ratios))
     return table
 
 
-def _print_claim(console: Console, config: RunConfig, breakdown: ParameterBreakdown) -> None:
-    if config.model.claimed_parameters is not None:
-        console.print(
-            f"Its source claims {config.model.claimed_parameters}; built as described it has "
-            f"{_short(breakdown.total)}, of which {_short(breakdown.active)} act on a token."
+def _claims(config: RunConfig, breakdown: ParameterBreakdown) -> Iterator[str]:
+    """Yield, of the claims, what the table cannot show: a size that is impossible, and the memory."""
+    model = config.model
+    embedding = next(part for part in breakdown.parts if part.name == "embedding")
+    claim = model.claimed_active_parameters or model.claimed_parameters
+    if claim and embedding.total > claim:
+        size = short(embedding.total)
+        yield f"No model with this vocabulary is so small: the embedding alone has {size} parameters."
+    if model.claimed_memory_gb is not None:
+        whole = device_memory(config, Precision.mixed_bf16, stage=0).device
+        state = sum(getattr(whole, part) for part in STATE)
+        yield (
+            f"Its source claims {model.claimed_memory_gb:,g} GB of memory ({model.claimed_hardware}): the weights in "
+            f"16 bits are {_size(whole.weights / GB)} GB, with gradients and Adam in mixed precision "
+            f"{_size(state / GB)} GB."
         )
+
+
+def _flops(config: RunConfig) -> str:
+    length = config.data.sequence_length
+    forward = forward_flops_per_token(config.model, config.attention, config.sparsity, length)
+    training = training_flops_per_token(config.model, config.attention, config.sparsity, length)
+    return f"FLOPs per token at {length} positions: {short(forward)} forward, {short(training)} forward and backward."
+
+
+def device_memory(config: RunConfig, precision: Precision, *, stage: int, offload: bool = False) -> ZeroMemory:
+    """Return what one of the run's devices needs at a stage of ZeRO, with or without offload of its optimizer."""
+    layer = layer_parameters(count_parameters(config.model, config.attention, config.sparsity), config.model.num_layers)
+    whole = estimate_memory(
+        config.model,
+        config.attention,
+        config.sparsity,
+        precision=precision,
+        batch_size=_batch_size(config),
+        sequence_length=config.data.sequence_length,
+    )
+    return divide(
+        whole,
+        stage=stage,
+        num_devices=config.hardware.num_devices,
+        layer_weights=layer * WEIGHT_BYTES[precision],
+        offload_optimizer=offload,
+    )
+
+
+def _batch_size(config: RunConfig) -> int:
+    return config.training.batch_size or config.hardware.batch_size
+
+
+def fits(memory: ZeroMemory, hardware: HardwareConfig) -> bool:
+    """Whether one device holds it; of a device that declares no memory, nothing is said to fit."""
+    return hardware.memory_gib is not None and memory.total <= hardware.memory_gib * GIB
 
 
 def _memory_table(config: RunConfig) -> Table:
-    batch_size = config.training.batch_size or config.hardware.batch_size
-    table = Table(title=f"Training memory, Adam, {batch_size} sequences of {config.data.sequence_length} (GiB)")
-    table.add_column("part")
-    formats = [Precision.fp32, Precision.mixed_bf16, Precision.bf16]
-    estimates: list[MemoryEstimate] = []
-    for precision in formats:
-        table.add_column(precision.value, justify="right")
-        estimates.append(
-            estimate_memory(
-                config.model,
-                config.attention,
-                config.sparsity,
-                precision=precision,
-                batch_size=batch_size,
-                sequence_length=config.data.sequence_length,
-            )
-        )
-    for part in ("weights", "master_weights", "gradients", "optimizer", "activations", "logits"):
-        table.add_row(part.replace("_", " "), *(f"{getattr(estimate, part) / GIB:.2f}" for estimate in estimates))
+    hardware, formats = config.hardware, FORMATS.values()
+    work = f"{_batch_size(config)} × {config.data.sequence_length} tokens"
+    table = _table(f"Training memory of a device in GiB: Adam, {work}", "part", *FORMATS)
+    wholes = [device_memory(config, precision, stage=0).device for precision in formats]
+    for part in fields(MemoryEstimate):
+        table.add_row(part.name.replace("_", " "), *(_size(getattr(whole, part.name) / GIB) for whole in wholes))
     table.add_section()
-    table.add_row("all", *(f"{estimate.total / GIB:.2f}" for estimate in estimates))
-    table.caption = _fit(config.hardware, formats, estimates)
+    answer = "Nothing fits"
+    for name, stage, offload in _divisions(hardware):
+        divided = [device_memory(config, precision, stage=stage, offload=offload) for precision in formats]
+        marks = [FITS if fits(memory, hardware) else " " for memory in divided]
+        answer = f"{FITS} fits" if FITS in marks else answer
+        table.add_row(name, *(f"{_size(m.total / GIB)} {mark}" for m, mark in zip(divided, marks, strict=True)))
+    if can_offload(hardware):
+        table.add_section()
+        table.add_row("host memory of offload", *(_size(memory.host / GIB) for memory in divided))
+    if hardware.memory_gib is not None:
+        table.caption = f"{answer} {hardware.name} ({hardware.memory_gib:g} GiB)."
     return table
 
 
-def _fit(hardware: HardwareConfig, formats: list[Precision], estimates: list[MemoryEstimate]) -> str | None:
-    if hardware.memory_gib is None:
-        return None
-    fitting = [f.value for f, e in zip(formats, estimates, strict=True) if e.total <= hardware.memory_gib * GIB]
-    answer = ", ".join(fitting) if fitting else "no format"
-    return f"fits {hardware.name} ({hardware.memory_gib:g} GiB): {answer}"
+def can_offload(hardware: HardwareConfig) -> bool:
+    """Whether the host has memory of its own: a CPU is the host, and an Apple GPU shares its memory."""
+    return hardware.device not in (DeviceType.cpu, DeviceType.mps)
 
 
-def _short(number: float) -> str:
+def _divisions(hardware: HardwareConfig) -> list[tuple[str, int, bool]]:
+    """Return (name, ZeRO stage, offload) of each way to divide that differs, those that offload last."""
+    if hardware.num_devices == 1:
+        divisions = [("all, at any ZeRO stage", 0, False), ("ZeRO-1 to 3, offload", 1, True)]
+    else:
+        divisions = [(f"ZeRO-{stage}", stage, False) for stage in STAGES]
+        divisions += [(f"ZeRO-{stage}, offload", stage, True) for stage in STAGES[1:]]
+    return [division for division in divisions if not division[2] or can_offload(hardware)]
+
+
+def _time(config: RunConfig, breakdown: ParameterBreakdown) -> Table | str:
+    hardware, stage = config.hardware, config.stage
+    assert isinstance(stage, PlanConfig)
+    peaks = {name: getattr(hardware.peak_tflops, name) for name in ("fp32", "fp16", "bf16")}
+    if not any(peaks.values()):
+        return (
+            f"hardware={hardware.name} declares no peak: give one for time and cost, such as "
+            "`hardware.peak_tflops.bf16=1.0`."
+        )
+    devices = f"{hardware.num_devices} × {hardware.name}" if hardware.num_devices > 1 else hardware.name
+    table = _table(
+        f"Time on {devices} at an assumed MFU of {stage.assumed_mfu:g}",
+        *("format", "TFLOP/s", "tokens/s", "steps", "tokens", "time"),
+        *(("cost",) if hardware.price_per_hour else ()),
+    )
+    for name, peak in peaks.items():
+        if peak is not None:
+            rate = tokens_per_second(config, peak_tflops=peak, assumed_mfu=stage.assumed_mfu)
+            table.add_row(name, f"{peak:g}", _size(rate), *_budget_cells(config, breakdown, rate))
+    if config.budget.epochs is not None:
+        table.caption = "`budget.epochs` is left out: how long an epoch is, only the data tells."
+    return table
+
+
+def _budget_cells(config: RunConfig, breakdown: ParameterBreakdown, rate: float) -> list[str]:
+    expected = forecast(config, breakdown, rate)
+    if expected is None:
+        return []
+    cost = [] if expected.cost is None else [_money(expected.cost)]
+    return [f"{expected.steps:,}", short(expected.tokens), _duration(expected.seconds), *cost]
+
+
+def _table(title: str, *columns: str) -> Table:
+    """Return an empty table: a column of names, and columns of numbers."""
+    table = Table(title=title)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left")
+    return table
+
+
+def _size(number: float) -> str:
+    return f"{number:,.2f}" if number < 1000 else f"{number:,.0f}"
+
+
+def _money(amount: float) -> str:
+    return f"{amount:,.2f}" if amount < 1e6 else short(amount)
+
+
+def short(number: float) -> str:
+    """Return a number in a few digits: 1.83 B."""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
         if number >= size:
             return f"{number / size:.2f} {unit}"
     return f"{number:,.0f}"
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("years", 365.25 * 86_400), ("days", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:,.1f} s"

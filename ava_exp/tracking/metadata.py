@@ -65,6 +65,9 @@ def package_versions() -> dict[str, str]:
 
 def cpu_model() -> str:
     """Return the processor's name, or its architecture where the system does not say more."""
+    if platform.system() == "Darwin":  # where `platform.processor` says "arm", whatever the chip
+        command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     try:
         match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:  # not Linux

@@ -18,7 +18,6 @@ from ava_exp.config import schema, store
 from ava_exp.config.compose import compose
 from ava_exp.config.folders import group_names, option_names
 from ava_exp.errors import EXIT_OK, EXIT_USER_ERROR
-from ava_exp.models.arithmetic import count_parameters
 
 if TYPE_CHECKING:
     from tests.conftest import CommandLine
@@ -130,16 +129,6 @@ def test_every_described_key_exists() -> None:
     unknown = {key for key in keys if not schema.annotations_at(key) and not schema.is_in_mapping(key)}
     assert len(keys) > 80
     assert unknown == set()
-
-
-@pytest.mark.parametrize("name", option_names("model"))
-def test_the_sizes_of_presets_are_true(name: str) -> None:
-    config = compose([f"model={name}"])
-    sizes = count_parameters(config.model, config.attention, config.sparsity)
-    dimensions, claimed = config.model, config.model.claimed_parameters or ""
-    shape = f"{dimensions.num_layers} × {dimensions.hidden_size} | {dimensions.num_heads} | {dimensions.num_experts}"
-    row = f"| `{name}` | {shape} | {claimed} | {sizes.total / 1e6:.1f} M | {sizes.active / 1e6:.1f} M |"
-    assert row.replace("|  |", "| |") in TEXT
 
 
 YAML_FILES = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from ava_exp import runtime
+from ava_exp.config.folders import option_names
 from ava_exp.config.machine import DeviceType, HardwareConfig, PeakConfig, Precision, PrecisionConfig
 from ava_exp.config.options import read_option
 from ava_exp.errors import ConfigError
@@ -50,6 +52,19 @@ def test_the_cpu_that_is_asked_for_is_taken_without_a_word(tmp_path: Path) -> No
     found = opened(tmp_path)
     assert found.notices == []
     assert found.resolution.device == found.resolution.hardware == "cpu"
+
+
+def test_several_devices_become_one_with_a_notice(tmp_path: Path) -> None:
+    found = opened(tmp_path, num_devices=8)
+    assert found.hardware.num_devices == 1
+    assert found.notices == [
+        "`hardware.num_devices` is 8, but a run is one process on one device in this version: running on one."
+    ]
+
+
+def test_several_devices_are_refused_where_hardware_is_strict(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"`hardware\.num_devices` is 2.*Set it to 1"):
+        opened(tmp_path, num_devices=2, strict=True)
 
 
 @pytest.mark.parametrize(("bf16", "expected"), [(0.8, Precision.mixed_bf16), (0.21, Precision.fp32)])
@@ -99,7 +114,13 @@ def test_a_stored_resolution_is_reused(tmp_path: Path, fast_rates: dict[str, flo
         ("NVIDIA H100 80GB HBM3", "h100"),
         ("NVIDIA GeForce RTX 4090", "rtx4090"),
         ("Tesla T4", "t4"),
+        ("NVIDIA GeForce RTX 2080", "rtx2080"),
+        ("NVIDIA GeForce RTX 2080 Ti", "rtx2080ti"),
+        ("NVIDIA GeForce RTX 3090", "rtx3090"),
+        ("NVIDIA GeForce RTX 3090 Ti", "rtx3090ti"),
+        ("NVIDIA GeForce RTX 3060 Ti", "NVIDIA GeForce RTX 3060 Ti"),
         ("Quadro K620", "Quadro K620"),
+        ("NVIDIA T400", "NVIDIA T400"),
     ],
 )
 def test_gpus_are_known_by_name(machine: str, expected: str) -> None:
@@ -108,9 +129,22 @@ def test_gpus_are_known_by_name(machine: str, expected: str) -> None:
     assert (found.peak_tflops == PeakConfig()) == (expected == machine)
 
 
+@pytest.mark.parametrize(
+    ("chip", "expected"), [("Apple M1 Max", "m1_max"), ("Apple M2 Ultra", "m2_ultra"), ("Apple M4", "mps")]
+)
+def test_apple_chips_are_known_by_name(monkeypatch: pytest.MonkeyPatch, chip: str, expected: str) -> None:
+    monkeypatch.setattr(runtime, "cpu_model", lambda: chip)
+    asked = read_option("hardware", "m1_max", HardwareConfig)
+    found, notices = runtime._match_hardware(asked, DeviceType.mps)
+    assert found.name == expected
+    assert [f"which has an Apple GPU ({chip})" in notice for notice in notices] == [True] * (expected != "m1_max")
+    generic = read_option("hardware", "mps", HardwareConfig)
+    assert runtime._match_hardware(generic, DeviceType.mps) == (generic, [])
+
+
 def test_every_gpu_of_the_configuration_is_known() -> None:
-    options = {path.stem for path in (Path(__file__).parents[2] / "conf" / "hardware").glob("*.yaml")}
-    assert options - {"auto", "cpu", "mps"} == set(runtime.GPU_NAMES)
+    single = {option for option in option_names("hardware") if not re.match(r"\d+x", option)}
+    assert single - {"auto", "cpu", "mps"} == set(runtime.GPU_NAMES)
 
 
 def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import platform
 import subprocess
 import sys
 from pathlib import Path
 
-from ava_exp.tracking.metadata import collect_metadata, git_state, package_versions
+import pytest
+
+from ava_exp.tracking.metadata import collect_metadata, cpu_model, git_state, package_versions
 
 
 def _git(folder: Path, *arguments: str) -> None:
@@ -22,6 +25,13 @@ def test_it_says_what_is_needed_to_repeat_a_run() -> None:
     assert {"torch", "numpy", "hydra-core"} <= set(metadata["packages"])
     assert metadata["memory_bytes"] > 0 and metadata["cores"] > 0 and metadata["cpu"]
     assert json.loads(json.dumps(metadata)) == metadata
+
+
+def test_an_apple_chip_is_asked_for_by_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "system", lambda: "Darwin")
+    answer = subprocess.CompletedProcess([], 0, stdout="Apple M1 Max\n")
+    monkeypatch.setattr(subprocess, "run", lambda *arguments, **keywords: answer)
+    assert cpu_model() == "Apple M1 Max"
 
 
 def test_versions_are_learnt_without_importing() -> None:
