@@ -192,7 +192,7 @@ class HierarchicalRouterConfig(TokenChoiceConfig):
 
     branching: list[int] | None = None
     choices: list[int] = field(default_factory=lambda: [1, 2])
-    renormalize: bool = True
+    renormalize: bool = False
 
     def levels(self, num_experts: int) -> list[int]:
         """Return the number of children at each level."""
