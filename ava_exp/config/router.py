@@ -168,7 +168,7 @@ class DynamicRouterConfig(TokenChoiceConfig):
 
     threshold: float = 0.4
     max_experts: int = 4
-    renormalize: bool = True
+    renormalize: bool = False
     routing_entropy_weight: float = 1e-4
     """Without it a router learns to be unsure, for that buys it more experts."""
 

@@ -42,7 +42,8 @@ ROUTERS: dict[str, RouterConfig] = {
     "deepseek": DeepSeekRouterConfig(),
     "deepseek_groups": DeepSeekRouterConfig(num_groups=4, groups_per_token=2, moe_top_k=3, routed_scaling_factor=2.5),
     "two_stage": TwoStageRouterConfig(num_groups=4, groups_per_token=2),
-    "dynamic": DynamicRouterConfig(),
+    "dynamic": DynamicRouterConfig(threshold=0.7, max_experts=3),
+    "dynamic_renormalized": DynamicRouterConfig(threshold=0.8, max_experts=3, renormalize=True),
     "hierarchical": HierarchicalRouterConfig(),
     "tree_of_3_levels": HierarchicalRouterConfig(branching=[2, 2, 2], choices=[2, 1, 2], renormalize=True),
     "expert_choice": ExpertChoiceRouterConfig(average_experts=1.5),
@@ -117,6 +118,7 @@ def build_decoder(router: str | RouterConfig, overflow: Overflow | None = None, 
     model = build_model(model_config(**changes), GroupedAttentionConfig(), moe_config(router, overflow))
     for layer in model.moe_layers():
         layer.router.weight.data.mul_(40)
+        layer.experts.down.data.mul_(500)
         teach(layer.router)
     return model.eval()
 

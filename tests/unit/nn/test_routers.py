@@ -30,6 +30,7 @@ from ava_exp.config.router import (
     TopKRouterConfig,
     TwoStageRouterConfig,
 )
+from ava_exp.losses.balance import absolute_deviation_loss
 from ava_exp.models.arithmetic import count_parameters, training_flops
 from ava_exp.models.decoder import build_model
 from ava_exp.nn.ffn import FeedForward
@@ -181,7 +182,7 @@ def test_closed_form_flops(name: str, overflow: Overflow | None, activation: Act
 @pytest.mark.parametrize("name", ROUTERS)
 def test_visits_are_as_many_as_the_configuration_says(name: str) -> None:
     _, routing = build_layer(name)(some_input(4, 16))
-    per_token, exact = ROUTERS[name].experts_per_token(NUM_EXPERTS), name != "dynamic"
+    per_token, exact = ROUTERS[name].experts_per_token(NUM_EXPERTS), not name.startswith("dynamic")
     visits = routing.counts.sum().item() / 64
     assert visits == per_token if exact else 1 <= visits < per_token
 
@@ -237,8 +238,11 @@ PAIRS: dict[str, tuple[RouterConfig, RouterConfig]] = {
         DeepSeekRouterConfig(),
     ),
     "a threshold of 1 is soft": (DynamicRouterConfig(threshold=1.0, max_experts=8), SoftRouterConfig()),
-    "a small threshold is top-1": (DynamicRouterConfig(threshold=1e-6), TopKRouterConfig(moe_top_k=1)),
-    "a large threshold is topk": (DynamicRouterConfig(threshold=1.0, max_experts=2), TopKRouterConfig()),
+    "a small threshold is top-1": (DynamicRouterConfig(threshold=1e-6), SwitchRouterConfig(jitter=0.0)),
+    "a large threshold is topk": (
+        DynamicRouterConfig(threshold=1.0, max_experts=2, renormalize=True),
+        TopKRouterConfig(),
+    ),
     "sinkhorn without iterations is topk": (SinkhornRouterConfig(num_iterations=0), TopKRouterConfig()),
     "taking all tokens is soft": (ExpertChoiceRouterConfig(average_experts=8), SoftRouterConfig()),
 }
@@ -313,7 +317,7 @@ def test_no_token_depends_on_a_later_one(name: str, overflow: Overflow | None, s
     tokens = moved(build_layer(name, overflow), sequence, position)
     assert not tokens[:, :position].any()
     assert not tokens[:sequence, position].any()
-    assert tokens[sequence, position:].all()
+    assert tokens[sequence, position:].all() or overflow, "a token that is dropped both times does not move"
 
 
 @pytest.mark.parametrize("overflow", list(Overflow), ids=case_id)
@@ -358,7 +362,7 @@ WITHOUT_A_GRADIENT_FROM_THE_OUTPUT: dict[str, tuple[RouterConfig, slice]] = {
     "sinkhorn": (SinkhornRouterConfig(moe_top_k=1), slice(None)),
     "deepseek": (DeepSeekRouterConfig(moe_top_k=1), slice(None)),
     "two_stage": (TwoStageRouterConfig(moe_top_k=1), slice(None)),
-    "dynamic": (DynamicRouterConfig(max_experts=1), slice(None)),
+    "dynamic": (DynamicRouterConfig(max_experts=1, renormalize=True), slice(None)),
     "hierarchical": (HierarchicalRouterConfig(choices=[1, 1], renormalize=True), slice(None)),
     "root of a tree that follows one child": (HierarchicalRouterConfig(renormalize=True), slice(0, 2)),
 }
@@ -387,11 +391,12 @@ def test_every_parameter_has_a_gradient(name: str, overflow: Overflow | None, ac
 @pytest.mark.parametrize("name", WITHOUT_A_GRADIENT_FROM_THE_OUTPUT)
 def test_what_is_divided_by_itself_has_no_gradient_from_the_output(name: str) -> None:
     config, rows = WITHOUT_A_GRADIENT_FROM_THE_OUTPUT[name]
-    layer = build_layer(config)
-    routing = backward(layer, some_input())
+    layer, x = build_layer(config), some_input()
+    backward(layer, x)
     gradient = layer.router.weight.grad
     assert gradient is not None and gradient[rows].abs().max() < 1e-12
-    (routing.probabilities[:, 0].sum() + routing.losses["router_z_loss"]).backward()
+    routing = layer(x)[1]
+    (absolute_deviation_loss(routing.probabilities) + routing.losses["router_z_loss"]).backward()
     assert (gradient[rows].abs().sum(dim=1) > 1e-6).all(), "the router's own losses reach it"
     plain = copy.copy(config)
     plain.renormalize = False  # type: ignore[attr-defined]
@@ -666,11 +671,11 @@ def test_thresholds_reproduce_the_training_load_at_inference() -> None:
     assert imbalance(untrained) > 2
     router.train()
     for step in range(60):
-        routing = router(skewed_input(256, seed=step))
+        routing = router(skewed_input(512, seed=step))
         assert routing.observed is not None
         router.adapt(routing.chosen_counts, routing.observed)
-    loads = router.eval()(skewed_input(2048, seed=1000)).counts / 2048
-    torch.testing.assert_close(loads, torch.full((NUM_EXPERTS,), 1.5 / NUM_EXPERTS), rtol=0.12, atol=0.0)
+    loads = router.eval()(skewed_input(8192, seed=1000)).counts / 8192
+    torch.testing.assert_close(loads, torch.full((NUM_EXPERTS,), 1.5 / NUM_EXPERTS), rtol=0.1, atol=0.0)
 
 
 def test_a_router_that_does_not_learn_beside_gradients_does_not_adapt() -> None:
