@@ -168,7 +168,7 @@ class DynamicRouterConfig(TokenChoiceConfig):
 
     threshold: float = 0.4
     max_experts: int = 4
-    renormalize: bool = True
+    renormalize: bool = False
     routing_entropy_weight: float = 1e-4
     """Without it a router learns to be unsure, for that buys it more experts."""
 
@@ -192,7 +192,7 @@ class HierarchicalRouterConfig(TokenChoiceConfig):
 
     branching: list[int] | None = None
     choices: list[int] = field(default_factory=lambda: [1, 2])
-    renormalize: bool = True
+    renormalize: bool = False
 
     def levels(self, num_experts: int) -> list[int]:
         """Return the number of children at each level."""

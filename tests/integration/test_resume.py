@@ -11,10 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from ava_exp.errors import EXIT_RESUMABLE
 from ava_exp.tracking.metrics import of_kind, read_metrics
-from ava_exp.training.checkpoint import list_checkpoints, step_of
+from ava_exp.training.checkpoint import list_checkpoints, read_checkpoint, step_of
 from tests.faults.faults import STEP, Fault, kill_at_step
 from tests.faults.harness import NUM_STEPS, SYNCHRONOUS, Experiment, observed, uninterrupted
 
@@ -42,6 +43,25 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
     assert experiment.run(stop_at(5)).code == EXIT_RESUMABLE
     assert experiment.run(stop_at(3)).code == EXIT_RESUMABLE
     assert experiment.finish() == uninterrupted(*settings)
+
+
+@pytest.mark.parametrize("router", ["deepseek", "expert_choice"])
+def test_what_a_router_learned_beside_gradients_goes_on_too(tmp_path: Path, router: str) -> None:
+    settings = ("sparsity=moe", f"router={router}", "precision=mixed_bf16")
+    experiment = Experiment(output_dir=tmp_path, overrides=settings)
+    assert experiment.run(stop_at(5)).code == EXIT_RESUMABLE
+    assert experiment.finish() == uninterrupted(*settings)
+    tensors = read_checkpoint(experiment.checkpoints[-1]).tensors["model"]
+    learned = {
+        name.rpartition(".")[2]: tensors[name] for name in tensors if ".router." in name and "weight" not in name
+    }
+    assert learned.keys() == ({"bias"} if router == "deepseek" else {"threshold", "num_updates"})
+    assert all(value.any() for value in learned.values())
+    if "bias" in learned:
+        moves = learned["bias"] / 1e-3
+        torch.testing.assert_close(moves, moves.round())  # twelve steps of 0.001, which bf16 would have rounded away
+    else:
+        assert learned["num_updates"] == NUM_STEPS
 
 
 def test_the_output_tells_where_it_goes_on(experiment: Experiment) -> None:

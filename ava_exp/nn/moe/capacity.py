@@ -18,7 +18,8 @@ def expert_capacity(num_tokens: int, experts_per_token: float, num_experts: int,
 
     The Ava text leaves k out: its factor of 3.0 is 1.5 here.
     """
-    return math.ceil(experts_per_token * num_tokens / num_experts * capacity_factor)
+    share = experts_per_token * num_tokens / num_experts
+    return math.ceil(round(share * capacity_factor, 6))  # 100 * 1.1 is 110, and 110.00000000000001 in floats
 
 
 @torch.no_grad()

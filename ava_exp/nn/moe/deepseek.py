@@ -17,7 +17,8 @@ class DeepSeekRouter(TokenChoiceRouter):
 
     The bias takes part in the selection and not in the weights. After every step it moves by `bias_update_rate`, down
     for experts that got more than the mean of the whole step's tokens and up for the others [wang2024auxfree] alg. 1.
-    Groups are as good as the sum of their two best experts. `sequence_balance_loss` is the paper's eq. 17.
+    Groups are as good as the sum of their two best experts, the paper's K_r / M of 8 / 4, as its released code has it.
+    `sequence_balance_loss` is eq. 17.
     The Ava text calls a softmax top-k without any of this "DeepSeekRouter": that is `topk`.
     """
 

@@ -15,8 +15,10 @@ class DynamicRouter(TokenChoiceRouter):
     """The fewest experts whose probabilities add up to `threshold` [huang2024dynamic] §3.2, at most `max_experts`.
 
     `routing_entropy_loss` is the mean entropy of a token's probabilities, the paper's dynamic loss (§3.3): it keeps the
-    router from spreading its probability, which buys it more experts. The MoE++ text says no more than
-    "confidence-based expert selection"; the cap is ours and bounds the cost of a step.
+    router from spreading its probability, which buys it more experts. Weights are the
+    probabilities; with `renormalize`, which the paper has not, they are divided by their sum, and tokens with a single
+    expert teach their router nothing. The MoE++ text says no more than "confidence-based expert selection"; the cap is
+    ours and bounds the cost of a step.
     """
 
     ragged = True
@@ -31,5 +33,8 @@ class DynamicRouter(TokenChoiceRouter):
         return expert_ids_Nk.masked_fill(before_Nk >= self.threshold, -1)
 
     def losses(self, logits: Tensor, routing: Routing, num_sequences: int) -> dict[str, Tensor]:
-        entropy = -torch.special.xlogy(routing.probabilities, routing.probabilities).sum(dim=-1).mean()
+        probabilities = routing.probabilities
+        # A probability of 0 has a gradient, too: that of its logarithm would be infinite.
+        logs = probabilities.clamp(min=torch.finfo(probabilities.dtype).tiny).log()
+        entropy = -(probabilities * logs).sum(dim=-1).mean()
         return super().losses(logits, routing, num_sequences) | {"routing_entropy_loss": entropy}

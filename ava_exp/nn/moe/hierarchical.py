@@ -19,7 +19,8 @@ class HierarchicalRouter(TokenChoiceRouter):
 
     `branching` is the number of children at each level, `choices` how many of them a token follows: a hard version of
     the paper's tree, as in [shazeer2017moe] app. B. With `renormalize` the products of the followed paths are divided
-    by their sum. One level is `topk`. The MoE++ text says no more than "multi-level expert organization".
+    by their sum: a node of which a single child is followed then cancels out, and learns from the losses of the router
+    alone. One level is `topk`. The MoE++ text says no more than "multi-level expert organization".
     """
 
     def __init__(self, branching: list[int] | None, choices: list[int], renormalize: bool, **common: Any) -> None:
@@ -50,11 +51,12 @@ class HierarchicalRouter(TokenChoiceRouter):
     def choose(self, preferences_NE: Tensor) -> Tensor:
         nodes = torch.zeros(preferences_NE.shape[0], 1, dtype=torch.int64, device=preferences_NE.device)
         for depth, (num_children, num_followed) in enumerate(zip(self.branching, self.choices, strict=True)):
-            # A node's probability is the sum over the experts below it.
-            probabilities = torch.unflatten(preferences_NE, 1, (self.num_nodes[depth], -1)).sum(dim=-1)
+            # A node's probability is the sum over the experts below it; those out of reach have none.
+            reachable_NE = preferences_NE.clamp(min=0)
+            probabilities = torch.unflatten(reachable_NE, 1, (self.num_nodes[depth], -1)).sum(dim=-1)
             children = nodes[..., None] * num_children + torch.arange(num_children, device=nodes.device)
-            reachable = probabilities.gather(1, children.flatten(1)).view(children.shape)
-            best = reachable.topk(num_followed, dim=-1).indices
+            candidates = probabilities.gather(1, children.flatten(1)).view(children.shape)
+            best = candidates.topk(num_followed, dim=-1).indices
             nodes = children.gather(2, best).flatten(1)
         return nodes
 

@@ -28,8 +28,8 @@ class MoELayer(nn.Module):
     """Routes every token to some of E feed-forward networks and adds their outputs up, weighted by the router.
 
     `shared` takes every token besides [dai2024deepseekmoe] §3.2. With `capacity` an expert takes no more tokens of a
-    micro-batch than that allows; `residual` computes the visits that were refused, each with its weight
-    [rajbhandari2022deepspeed] §4.1 has such a network for every token; the Ava text has it for those that overflow.
+    micro-batch than that allows; `residual` computes the visits that were refused, with their weight.
+    [rajbhandari2022deepspeed] §4.1 has such a network for every token, the Ava text for those that overflow.
     """
 
     def __init__(

@@ -82,6 +82,8 @@ class TokenChoiceRouter(Router):
         affinities_NE = self.affinities(logits)
         with torch.no_grad():
             preferences_NE = self.preferences(logits, affinities_NE)
+            if absent_E is not None:
+                preferences_NE = preferences_NE.masked_fill(absent_E, -torch.inf)
             expert_ids_Nk = self.choose(preferences_NE)
             if absent_E is not None:  # chosen where nothing else was left
                 expert_ids_Nk = expert_ids_Nk.masked_fill(absent_E[expert_ids_Nk], -1)
