@@ -97,6 +97,14 @@ class BudgetConfig:
     default_seconds: float = 200.0
 
 
+class Recompute(Enum):
+    """What the backward pass computes again instead of keeping it: nothing, what is cheap, or whole blocks."""
+
+    none = "none"
+    selective = "selective"
+    full = "full"
+
+
 @dataclass(kw_only=True, slots=True)
 class TrainingConfig:
     """The loop. `batch_size` is sequences per micro-batch and device; null takes the device's default."""
@@ -107,6 +115,12 @@ class TrainingConfig:
     max_skipped_steps: int = 10
     """Steps in a row with a loss or gradient that is not finite, after which the run stops."""
     log_interval: int = 1
+    recompute: Recompute = Recompute.none
+    """Activation checkpointing, as many call it."""
+    offload_activations: bool = False
+    """Keep what the backward pass needs in the processor's memory."""
+    compile: bool = False
+    """Compile the blocks with torch.compile."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ava_exp.config.model import AttentionConfig, DenseConfig, ModelConfig, MoEConfig, Overflow, SparsityConfig
+from ava_exp.config.training import Recompute
 from ava_exp.errors import ConfigError
 from ava_exp.nn.attention.context import AttentionContext, KeyValueCache
 from ava_exp.nn.ffn import FeedForward
@@ -16,6 +19,7 @@ from ava_exp.nn.moe.layer import CapacityLimit, MoELayer
 from ava_exp.nn.moe.routing import Routing
 from ava_exp.nn.norm import build_norm
 from ava_exp.nn.output import ModelOutput
+from ava_exp.nn.recompute import offload, run_recomputed
 from ava_exp.nn.rope import rope_tables
 
 
@@ -92,10 +96,15 @@ def _capacity(sparsity: MoEConfig) -> CapacityLimit | None:
 
 
 class Decoder(nn.Module):
-    """A causal language model, fp32 and uninitialised until `initialize` (or a checkpoint) fills it."""
+    """A causal language model, fp32 and uninitialised until `initialize` (or a checkpoint) fills it.
+
+    While it trains, `recompute` and `offload_activations` say what is kept for the backward pass, and where.
+    """
 
     cos: Tensor
     sin: Tensor
+    recompute: Recompute = Recompute.none
+    offload_activations: bool = False
 
     def __init__(self, model: ModelConfig, attention: AttentionConfig, sparsity: SparsityConfig) -> None:
         super().__init__()
@@ -127,10 +136,12 @@ class Decoder(nn.Module):
         context = AttentionContext(self.cos[start:stop], self.sin[start:stop], cache)
         x_BTD = self.embedding(ids_BT)
         routings = []
-        for block in self.blocks:
-            x_BTD, routing = block(x_BTD, context)
-            if routing is not None:
-                routings.append(routing)
+        offloads = self.offload_activations and torch.is_grad_enabled()
+        with offload([*self.parameters(), self.cos, self.sin]) if offloads else nullcontext():
+            for block in self.blocks:
+                x_BTD, routing = self._run(block, x_BTD, context)
+                if routing is not None:
+                    routings.append(routing)
         if cache is not None:
             cache.advance(ids_BT.shape[1])
         weight = self.embedding.weight if self.head is None else self.head.weight
@@ -139,6 +150,11 @@ class Decoder(nn.Module):
     def moe_layers(self) -> list[MoELayer]:
         """Return the layers that are mixtures of experts, in the order of an output's `routings`."""
         return [block.feed_forward for block in self.blocks if isinstance(block.feed_forward, MoELayer)]
+
+    def _run(self, block: nn.Module, x_BTD: Tensor, context: AttentionContext) -> tuple[Tensor, Routing | None]:
+        if self.recompute is Recompute.none or not torch.is_grad_enabled():
+            return block(x_BTD, context)  # type: ignore[no-any-return]
+        return run_recomputed(block, self.recompute, x_BTD, context)  # type: ignore[no-any-return]
 
     def new_cache(self, batch_size: int, capacity: int) -> KeyValueCache:
         """Return an empty cache for `capacity` positions of `batch_size` sequences."""

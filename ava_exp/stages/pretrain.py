@@ -255,7 +255,8 @@ class Pretraining:
                     metrics.sync()
                 except OSError as error:  # worth less than the checkpoint that follows
                     logger.warning("metrics up to step %d may not survive a loss of power: %s", state.step, error)
-                saver.save(take_snapshot(updater, state, extra), state.evaluations)
+                snapshot = take_snapshot(updater, state, extra, copy=settings.asynchronous)
+                saver.save(snapshot, state.evaluations)
 
             trainer = assembly.build_trainer(
                 self.config,

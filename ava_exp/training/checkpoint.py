@@ -12,11 +12,13 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -28,6 +30,19 @@ STATE = "state.json"
 TENSORS = ".safetensors"
 PREFIX = "step_"
 UNFINISHED, BAD, LEAVING = ".tmp", ".bad", ".old"
+WRITE_BYTES = 2**26
+"""Handed to the system at once: what a file's tensors take in memory while they are written."""
+FORMAT_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""What safetensors calls the formats that a run's state can have."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -64,10 +79,10 @@ def write_checkpoint(checkpoints: Path, snapshot: Snapshot) -> Path:
     try:
         partial.mkdir(parents=True)
         for stem, tensors in snapshot.tensors.items():
-            _write_synced(partial / f"{stem}{TENSORS}", safetensors.torch.save(tensors))
-        _write_synced(partial / STATE, _json_bytes(snapshot.state))
+            _write_synced(partial / f"{stem}{TENSORS}", _safetensors(tensors))
+        _write_synced(partial / STATE, [_json_bytes(snapshot.state)])
         files = {path.name: _describe(path) for path in sorted(partial.iterdir())}
-        _write_synced(partial / MANIFEST, _json_bytes({"format": FORMAT, "step": snapshot.step, "files": files}))
+        _write_synced(partial / MANIFEST, [_json_bytes({"format": FORMAT, "step": snapshot.step, "files": files})])
         _sync_folder(partial)
         if final.exists():  # a bad one is kept for inspection; a good one, which a signal made, is replaced
             os.rename(final, _free_name(final, BAD if verify_checkpoint(final) else LEAVING))
@@ -225,9 +240,36 @@ def _free_name(path: Path, ending: str) -> Path:
     return next(name for name in names if not name.exists())
 
 
-def _write_synced(path: Path, data: bytes) -> None:
+def _safetensors(tensors: dict[str, Tensor]) -> Iterator[bytes]:
+    """Yield a safetensors file part by part; the library's own `save` holds all of it in memory, tensors included.
+
+    The widest formats come first, as there, so that every tensor is aligned.
+    """
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    header, end = {}, 0
+    for name, tensor in ordered:
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        shape = list(tensor.shape)
+        header[name] = {"dtype": FORMAT_NAMES[tensor.dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for _, tensor in ordered:
+        values = tensor.detach().contiguous().flatten().view(torch.uint8)
+        for start in range(0, len(values), WRITE_BYTES):
+            yield values[start : start + WRITE_BYTES].cpu().numpy().tobytes()
+
+
+def _write_synced(path: Path, parts: Iterable[bytes]) -> None:
+    """Write a file and bring it to the disk; small parts are written together."""
     with path.open("xb") as file:
-        file.write(data)
+        waiting: list[bytes] = []
+        for part in parts:
+            waiting.append(part)
+            if sum(map(len, waiting)) >= WRITE_BYTES:
+                file.write(b"".join(waiting))
+                waiting.clear()
+        file.write(b"".join(waiting))
         file.flush()
         os.fsync(file.fileno())
 

@@ -91,16 +91,19 @@ class CheckpointSaver:
             )
 
 
-def take_snapshot(updater: Updater, state: TrainState, extra: dict[str, Any]) -> Snapshot:
-    """Copy everything resumable, so that training can go on while the copy is written."""
+def take_snapshot(updater: Updater, state: TrainState, extra: dict[str, Any], *, copy: bool = True) -> Snapshot:
+    """Gather everything resumable. With `copy` training can go on while it is written; without it needs no memory, and
+    must be written before anything changes: a save that fails and is repeated is made up for by the next one.
+    """
     optimizer_tensors, optimizer_numbers = updater.optimizer_state()
     state.loss_scale, state.loss_scale_good_steps = updater.loss_scale.scale, updater.loss_scale.good_steps
     random_tensors, random_numbers = random_state()
+    weights = {**updater.weights, **updater.buffers}
     return Snapshot(
         step=state.step,
         tensors={
-            "model": _copies({**updater.weights, **updater.buffers}),
-            "optimizer": _copies(optimizer_tensors),
+            "model": _copies(weights) if copy else weights,
+            "optimizer": _copies(optimizer_tensors) if copy else optimizer_tensors,
             "random": random_tensors,
         },
         state={"train": state.to_json(), "optimizer": optimizer_numbers, "random": random_numbers, **extra},
