@@ -13,9 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROW_MULTIPLE = 32
-"""On a CPU every new number of rows compiles another kernel (8 % of a step): groups are filled up to few sizes."""
-
 
 @dataclass(slots=True)
 class SortedRows:
@@ -45,7 +42,7 @@ class SortedRows:
 
 
 def sort_assignments(expert_ids_Nk: Tensor, num_experts: int, ragged: bool) -> SortedRows:
-    """Sort by expert. On a CPU, groups are filled up to multiples of `ROW_MULTIPLE` rows.
+    """Sort by expert. On a CPU, groups are filled up to one of few sizes.
 
     Nothing waits for the device, except if `ragged`: assignments to -1 are then left out, and their number decides
     how many rows there are.
@@ -66,12 +63,22 @@ def sort_assignments(expert_ids_Nk: Tensor, num_experts: int, ragged: bool) -> S
     num_rows = order.numel()
     if device.type == "cpu":
         counts = ends.diff(prepend=ends.new_zeros(1))
-        filled = -(-counts // ROW_MULTIPLE) * ROW_MULTIPLE
+        filled = torch.tensor([fill_up(count) for count in counts.tolist()])
         row = row + ((filled - counts).cumsum(0) - (filled - counts))[experts]
         ends, num_rows = filled.cumsum(0), int(filled.sum())
     token_R = torch.zeros(num_rows, dtype=order.dtype, device=device).scatter_(0, row, token[order])
     place = torch.empty_like(order).scatter_(0, order, row)
     return SortedRows(token_R, place, starts, ends.to(torch.int32), kept)
+
+
+def fill_up(num_rows: int) -> int:
+    """Return the least of the sizes that groups have on a CPU which holds `num_rows`.
+
+    There, oneDNN compiles a kernel for every size that it has not seen, which takes as long as multiplying 64 rows.
+    So sizes are sparse, 16 from one power of two to the next, and the rows that only fill up are few.
+    """
+    step = max(8, 1 << num_rows.bit_length() >> 5)
+    return -(-num_rows // step) * step
 
 
 def gather(x_ND: Tensor, rows: SortedRows) -> Tensor:
