@@ -33,6 +33,8 @@ class Batch:
     """Shape (B, T), int64: the token that follows each input, or `IGNORED`."""
     sample_ids: npt.NDArray[np.int64]
     """Shape (B,): which sample, or evaluation window, each row is; -1 for a row without any."""
+    source_ids: Tensor | None = None
+    """Shape (B, T), int64: for evaluation, which of the data set's `sources` each input is from."""
 
 
 class BatchLoader:
@@ -145,6 +147,7 @@ class EvaluationLoader:
     def _batch(self, windows: npt.NDArray[np.int64]) -> Batch:
         shape = (len(windows), self.sequence_length)
         input_ids, labels = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORED, dtype=torch.int64)
+        source_ids = torch.zeros(shape, dtype=torch.int64)
         for row, window in enumerate(windows.tolist()):
             if window < 0:
                 continue
@@ -153,4 +156,5 @@ class EvaluationLoader:
             tokens = torch.from_numpy(self.dataset.tokens(start, stop).astype(np.int64))
             input_ids[row, : len(tokens) - 1] = tokens[:-1]
             labels[row, : len(tokens) - 1] = tokens[1:]
-        return Batch(input_ids=input_ids, labels=labels, sample_ids=windows.copy())
+            source_ids[row, : len(tokens) - 1] = torch.from_numpy(self.dataset.source_ids(start, stop - 1))
+        return Batch(input_ids=input_ids, labels=labels, sample_ids=windows.copy(), source_ids=source_ids)
