@@ -125,7 +125,7 @@ class EvaluationLoader:
         self.dataset = dataset
         self.sequence_length = sequence_length
         self.batch_size = batch_size
-        windows = self._windows(max_tokens)
+        windows = self.windows(max_tokens)
         per_rank = -(-len(windows) // num_ranks)
         padded = np.full(per_rank * num_ranks, -1, dtype=np.int64)
         padded[: len(windows)] = windows
@@ -139,7 +139,8 @@ class EvaluationLoader:
         for start in range(0, len(self._own_windows), self.batch_size):
             yield self._batch(self._own_windows[start : start + self.batch_size])
 
-    def _windows(self, max_tokens: int | None) -> npt.NDArray[np.int64]:
+    def windows(self, max_tokens: int | None) -> npt.NDArray[np.int64]:
+        """Return the numbers of the windows that all ranks together read of at most `max_tokens`."""
         available = -(-(self.dataset.num_tokens - 1) // self.sequence_length)
         wanted = available if max_tokens is None else min(available, max(1, max_tokens // self.sequence_length))
         return np.arange(wanted, dtype=np.int64) * available // wanted

@@ -1,8 +1,8 @@
 """Token shards: a split's tokens in files that are mapped into memory, with the borders of its documents.
 
 A folder holds `tokens_00000.bin`, … (little-endian uint16, or uint32 above 65,536 tokens of vocabulary),
-`documents.bin` (int64: where each document begins, and at last the number of tokens), `sources.bin` (uint8: which of the
-manifest's `sources` each document is from) and `manifest.json`.
+`documents.bin` (int64: where each document begins, and at last the number of tokens), `sources.bin` (uint8: which of
+the manifest's `sources` each document is from) and `manifest.json`.
 """
 
 from __future__ import annotations
