@@ -11,13 +11,20 @@ from ava_exp.errors import DataError
 
 logger = logging.getLogger(__name__)
 
+OTHER = "other"
+"""The label of documents that have none of their own."""
+
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text that belongs together. Its name decides its split, so it stays the same wherever the data lies."""
+    """A text that belongs together. Its name decides its split, so it stays the same wherever the data lies.
+
+    `source` is a label that it shares with others of its kind, by which statistics are told apart.
+    """
 
     name: str
     text: str
+    source: str = OTHER
 
 
 @dataclass(frozen=True, slots=True)

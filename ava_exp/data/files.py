@@ -17,6 +17,7 @@ class FilesSource:
 
     UTF-8, or UTF-16 and UTF-32 with a byte order mark. A row or text file that cannot be read is an error that names
     the place and the reason; with `on_bad_row=skip` it is logged and kept in `bad_rows`, up to `max_bad_rows`.
+    A document's source is the folder that its text file was found in, or the file itself: of rows, or named itself.
     """
 
     def __init__(self, paths: list[str], text_field: str, on_bad_row: OnBadRow, max_bad_rows: int) -> None:
@@ -51,7 +52,7 @@ class FilesSource:
         except TextError as error:
             self._quarantine.add(BadRow(str(file.path), None, str(error)))
             return
-        yield Document(file.name, text)
+        yield Document(file.name, text, source=file.name.rpartition("/")[0] or file.name)
 
     def _rows(self, file: TextFile) -> Iterator[Document]:
         is_empty = True
@@ -64,7 +65,7 @@ class FilesSource:
             except TextError as error:
                 self._quarantine.add(BadRow(str(file.path), number, str(error)))
                 continue
-            yield Document(f"{file.name}:{number}", text)
+            yield Document(f"{file.name}:{number}", text, source=file.name)
         if is_empty:
             self._quarantine.add(BadRow(str(file.path), None, "there is no text in it"))
 

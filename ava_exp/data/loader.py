@@ -33,6 +33,8 @@ class Batch:
     """Shape (B, T), int64: the token that follows each input, or `IGNORED`."""
     sample_ids: npt.NDArray[np.int64]
     """Shape (B,): which sample, or evaluation window, each row is; -1 for a row without any."""
+    source_ids: Tensor | None = None
+    """Shape (B, T), int64: for evaluation, which of the data set's `sources` each input is from."""
 
 
 class BatchLoader:
@@ -123,7 +125,7 @@ class EvaluationLoader:
         self.dataset = dataset
         self.sequence_length = sequence_length
         self.batch_size = batch_size
-        windows = self._windows(max_tokens)
+        windows = self.windows(max_tokens)
         per_rank = -(-len(windows) // num_ranks)
         padded = np.full(per_rank * num_ranks, -1, dtype=np.int64)
         padded[: len(windows)] = windows
@@ -137,7 +139,8 @@ class EvaluationLoader:
         for start in range(0, len(self._own_windows), self.batch_size):
             yield self._batch(self._own_windows[start : start + self.batch_size])
 
-    def _windows(self, max_tokens: int | None) -> npt.NDArray[np.int64]:
+    def windows(self, max_tokens: int | None) -> npt.NDArray[np.int64]:
+        """Return the numbers of the windows that all ranks together read of at most `max_tokens`."""
         available = -(-(self.dataset.num_tokens - 1) // self.sequence_length)
         wanted = available if max_tokens is None else min(available, max(1, max_tokens // self.sequence_length))
         return np.arange(wanted, dtype=np.int64) * available // wanted
@@ -145,6 +148,7 @@ class EvaluationLoader:
     def _batch(self, windows: npt.NDArray[np.int64]) -> Batch:
         shape = (len(windows), self.sequence_length)
         input_ids, labels = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORED, dtype=torch.int64)
+        source_ids = torch.zeros(shape, dtype=torch.int64)
         for row, window in enumerate(windows.tolist()):
             if window < 0:
                 continue
@@ -153,4 +157,5 @@ class EvaluationLoader:
             tokens = torch.from_numpy(self.dataset.tokens(start, stop).astype(np.int64))
             input_ids[row, : len(tokens) - 1] = tokens[:-1]
             labels[row, : len(tokens) - 1] = tokens[1:]
-        return Batch(input_ids=input_ids, labels=labels, sample_ids=windows.copy())
+            source_ids[row, : len(tokens) - 1] = torch.from_numpy(self.dataset.source_ids(start, stop - 1))
+        return Batch(input_ids=input_ids, labels=labels, sample_ids=windows.copy(), source_ids=source_ids)

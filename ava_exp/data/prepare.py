@@ -193,7 +193,7 @@ class _Preparation:
             for document, tokens in zip(documents, encoded, strict=True):
                 if not len(tokens):
                     logger.warning("%s: the tokenizer makes no token of it.", document.name)
-                writers[split_of(document.name, self.validation_fraction)].add(tokens)
+                writers[split_of(document.name, self.validation_fraction)].add(tokens, document.source)
         for split, writer in writers.items():
             writer.finish(
                 split=split.value,

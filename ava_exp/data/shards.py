@@ -1,7 +1,8 @@
 """Token shards: a split's tokens in files that are mapped into memory, with the borders of its documents.
 
 A folder holds `tokens_00000.bin`, … (little-endian uint16, or uint32 above 65,536 tokens of vocabulary),
-`documents.bin` (int64: where each document begins, and at last the number of tokens) and `manifest.json`.
+`documents.bin` (int64: where each document begins, and at last the number of tokens), `sources.bin` (uint8: which of
+the manifest's `sources` each document is from) and `manifest.json`.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
+from ava_exp.data.document import OTHER
 from ava_exp.errors import DataError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SHARD_TOKENS = 2**26
 """Tokens of a shard: 128 MiB of uint16."""
 VERIFIED_BYTES = 2**30
@@ -26,6 +28,9 @@ VERIFIED_BYTES = 2**30
 
 MANIFEST = "manifest.json"
 DOCUMENTS = "documents.bin"
+SOURCES = "sources.bin"
+MAX_SOURCES = 12
+"""Sources that are told apart: those with most tokens, and `OTHER` for all the rest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +58,13 @@ class Manifest:
     tokenizer_fingerprint: str
     shards: list[FileRecord]
     documents: FileRecord
+    sources: list[str]
+    document_sources: FileRecord
+
+    @property
+    def files(self) -> list[FileRecord]:
+        """Every file beside the manifest."""
+        return [*self.shards, self.documents, self.document_sources]
 
     def save(self, folder: Path) -> None:
         (folder / MANIFEST).write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
@@ -64,9 +76,13 @@ class Manifest:
             raw = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             version = raw["format_version"]
             if version != FORMAT_VERSION:
-                raise DataError(f"{folder} has token shards of format {version}; this version reads {FORMAT_VERSION}.")
+                raise DataError(
+                    f"{folder} has token shards of format {version}; this version reads {FORMAT_VERSION}. "
+                    "Prepare the data again."
+                )
             shards = [FileRecord(**record) for record in raw["shards"]]
-            manifest = cls(**raw | {"shards": shards, "documents": FileRecord(**raw["documents"])})
+            borders, sources = (FileRecord(**raw[name]) for name in ("documents", "document_sources"))
+            manifest = cls(**raw | {"shards": shards, "documents": borders, "document_sources": sources})
         except OSError as error:
             raise DataError(f"{folder} has no token shards: {MANIFEST} cannot be read: {error.strerror}.") from error
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
@@ -106,18 +122,21 @@ class ShardWriter:
         self._dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
         self._shard_bytes = shard_tokens * self._dtype.itemsize
         self._starts = array.array("q")
+        self._labels: dict[str, int] = {}
+        self._document_labels = array.array("q")
         self._num_tokens = 0
         self._max_token_id = end_of_document_id
         self._shards: list[FileRecord] = []
         self._file: _File | None = None
 
-    def add(self, tokens: npt.NDArray[np.uint32]) -> None:
+    def add(self, tokens: npt.NDArray[np.uint32], source: str = OTHER) -> None:
         """Append a document's tokens and its end. Raises `DataError` for ids beyond the vocabulary."""
         document = np.append(tokens, np.uint32(self.end_of_document_id))
         self._max_token_id = max(self._max_token_id, int(document.max()))
         if self._max_token_id >= self.vocab_size:
             raise DataError(_beyond_vocabulary(str(self.folder), self._max_token_id, self.vocab_size))
         self._starts.append(self._num_tokens)
+        self._document_labels.append(self._labels.setdefault(source, len(self._labels)))
         self._num_tokens += len(document)
         self._write(document.astype(self._dtype).tobytes())
 
@@ -127,6 +146,9 @@ class ShardWriter:
         self._starts.append(self._num_tokens)
         borders = _File(self.folder / DOCUMENTS)
         borders.write(np.frombuffer(self._starts, dtype=np.int64).astype("<i8").tobytes())
+        sources, source_of_label = self._sources()
+        document_sources = _File(self.folder / SOURCES)
+        document_sources.write(source_of_label[np.frombuffer(self._document_labels, dtype=np.int64)].tobytes())
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             split=split,
@@ -140,9 +162,22 @@ class ShardWriter:
             tokenizer_fingerprint=tokenizer_fingerprint,
             shards=self._shards,
             documents=borders.close(),
+            sources=sources,
+            document_sources=document_sources.close(),
         )
         manifest.save(self.folder)
         return manifest
+
+    def _sources(self) -> tuple[list[str], npt.NDArray[np.uint8]]:
+        """Return the labels to keep, those with most tokens first, and which of them stands for each label."""
+        lengths = np.diff(np.frombuffer(self._starts, dtype=np.int64))
+        labels = np.frombuffer(self._document_labels, dtype=np.int64)
+        num_tokens = np.bincount(labels, weights=lengths, minlength=len(self._labels))
+        ranked = sorted(self._labels, key=lambda label: (-num_tokens[self._labels[label]], label))
+        kept = ranked if len(ranked) <= MAX_SOURCES else [*ranked[: MAX_SOURCES - 1], OTHER]
+        kept = list(dict.fromkeys(kept))  # documents may be labelled `OTHER` themselves
+        place = {label: kept.index(label) if label in kept else kept.index(OTHER) for label in self._labels}
+        return kept, np.array(list(place.values()), dtype=np.uint8)
 
     def _write(self, raw: bytes) -> None:
         while raw:
@@ -164,13 +199,19 @@ class TokenDataset:
     """One split's tokens, as if they were one array, on the disk."""
 
     def __init__(
-        self, folder: Path, manifest: Manifest, shards: list[npt.NDArray[Any]], starts: npt.NDArray[np.int64]
+        self,
+        folder: Path,
+        manifest: Manifest,
+        shards: list[npt.NDArray[Any]],
+        starts: npt.NDArray[np.int64],
+        sources: npt.NDArray[np.uint8],
     ) -> None:
         self.folder = folder
         self.manifest = manifest
         self._shards = shards
         self._shard_ends = np.cumsum([len(shard) for shard in shards])
         self._starts = starts
+        self._sources = sources
 
     @classmethod
     def open(cls, folder: Path, verify: bool | None = None) -> TokenDataset:
@@ -181,17 +222,18 @@ class TokenDataset:
         """
         manifest = Manifest.load(folder)
         _check_manifest(folder, manifest)
-        records = [*manifest.shards, manifest.documents]
+        records = manifest.files
         for record in records:
             _check_size(folder, record)
         dtype = np.dtype(manifest.dtype).newbyteorder("<")
         shards = [_mapped(folder / record.name, dtype) for record in manifest.shards]
         starts = _mapped(folder / DOCUMENTS, np.dtype("<i8"))
+        sources = _mapped(folder / SOURCES, np.dtype("u1"))
         if verify is None:
             verify = sum(record.num_bytes for record in records) <= VERIFIED_BYTES
         if verify:
-            _verify(folder, manifest, shards, starts)
-        return cls(folder, manifest, shards, starts)
+            _verify(folder, manifest, shards, starts, sources)
+        return cls(folder, manifest, shards, starts, sources)
 
     @property
     def num_tokens(self) -> int:
@@ -222,6 +264,17 @@ class TokenDataset:
         assert 0 <= position < self.num_tokens, f"{position} is outside {self.num_tokens} tokens"
         return int(np.searchsorted(self._starts, position, side="right")) - 1
 
+    @property
+    def sources(self) -> list[str]:
+        """The labels of this split's documents, those with most tokens first."""
+        return self.manifest.sources
+
+    def source_ids(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        """Return which of `sources` each token from `start` to `stop` (excluded) is from."""
+        assert 0 <= start < stop <= self.num_tokens, f"{start}:{stop} is outside {self.num_tokens} tokens"
+        positions = np.arange(start, stop)
+        return np.asarray(self._sources[np.searchsorted(self._starts, positions, side="right") - 1])
+
 
 def _shard_name(index: int) -> str:
     return f"tokens_{index:05d}.bin"
@@ -233,13 +286,16 @@ def _mapped(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
 
 def _check_manifest(folder: Path, manifest: Manifest) -> None:
     """Refuse what this module does not write: a manifest from elsewhere must not lead to other files."""
-    names = [record.name for record in manifest.shards] + [manifest.documents.name]
-    expected = [_shard_name(index) for index in range(len(manifest.shards))] + [DOCUMENTS]
+    names = [record.name for record in manifest.files]
+    expected = [*(_shard_name(index) for index in range(len(manifest.shards))), DOCUMENTS, SOURCES]
     if names != expected or not manifest.shards or manifest.dtype not in ("uint16", "uint32"):
         raise DataError(f"{folder / MANIFEST} is damaged: it names {names} of dtype {manifest.dtype}.")
-    sizes = (sum(record.num_bytes for record in manifest.shards), manifest.documents.num_bytes)
-    if sizes != (manifest.num_tokens * np.dtype(manifest.dtype).itemsize, (manifest.num_documents + 1) * 8):
+    num_documents = manifest.num_documents
+    sizes = (sum(record.num_bytes for record in manifest.shards), *(file.num_bytes for file in manifest.files[-2:]))
+    if sizes != (manifest.num_tokens * np.dtype(manifest.dtype).itemsize, (num_documents + 1) * 8, num_documents):
         raise DataError(f"{folder / MANIFEST} is damaged: its sizes and counts contradict each other.")
+    if not 0 < len(manifest.sources) <= MAX_SOURCES or not all(isinstance(name, str) for name in manifest.sources):
+        raise DataError(f"{folder / MANIFEST} is damaged: its sources are {manifest.sources!r}.")
     if manifest.max_token_id >= manifest.vocab_size:
         raise DataError(_beyond_vocabulary(str(folder), manifest.max_token_id, manifest.vocab_size))
 
@@ -252,8 +308,14 @@ def _check_size(folder: Path, record: FileRecord) -> None:
         raise DataError(f"{path} has {size:,} bytes instead of {record.num_bytes:,}. Prepare the data again.")
 
 
-def _verify(folder: Path, manifest: Manifest, shards: list[npt.NDArray[Any]], starts: npt.NDArray[np.int64]) -> None:
-    for record, content in zip([*manifest.shards, manifest.documents], [*shards, starts], strict=True):
+def _verify(
+    folder: Path,
+    manifest: Manifest,
+    shards: list[npt.NDArray[Any]],
+    starts: npt.NDArray[np.int64],
+    sources: npt.NDArray[np.uint8],
+) -> None:
+    for record, content in zip(manifest.files, [*shards, starts, sources], strict=True):
         if hashlib.sha256(content.data).hexdigest() != record.sha256:
             raise DataError(f"{folder / record.name} is damaged: its checksum differs. Prepare the data again.")
     largest = max(int(shard.max()) for shard in shards)
@@ -261,6 +323,8 @@ def _verify(folder: Path, manifest: Manifest, shards: list[npt.NDArray[Any]], st
         raise DataError(_beyond_vocabulary(str(folder), largest, manifest.vocab_size))
     if starts[0] != 0 or starts[-1] != manifest.num_tokens or bool((np.diff(starts) <= 0).any()):
         raise DataError(f"{folder / DOCUMENTS} is damaged: documents do not follow each other to the last token.")
+    if int(sources.max()) >= len(manifest.sources):
+        raise DataError(f"{folder / SOURCES} is damaged: it names a source that is not in {MANIFEST}.")
 
 
 def _beyond_vocabulary(place: str, token_id: int, vocab_size: int) -> str:

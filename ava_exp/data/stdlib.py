@@ -18,12 +18,13 @@ LEFT_OUT_FOLDERS = frozenset({"__pycache__", "dist-packages", "idle_test", "site
 LEFT_OUT_PREFIXES = ("_sysconfigdata", "config-", "sitecustomize", "usercustomize")
 """Records of how this Python was built and its local customisation: they differ from machine to machine."""
 TOPICS = "pydoc_data/topics.py"
+DOCUMENTATION, SINGLE_MODULES = "documentation", "single modules"
 
 
 class StdlibSource:
     """The standard library's Python sources, one document a file, and its documentation, one document a topic.
 
-    Empty files (`__init__.py`) hold no text and are no documents.
+    Empty files (`__init__.py`) hold no text and are no documents. The source of a document is its top-level package.
     """
 
     def __init__(self) -> None:
@@ -47,7 +48,7 @@ class StdlibSource:
             raise DataError(f"This Python has no standard library sources in {self.root}: use `data=files` instead.")
         for name, file in files.items():
             text = self._topics() if name == TOPICS else {name: self._read(name, file)}
-            yield from (Document(key, value) for key, value in text.items() if value.strip())
+            yield from (Document(key, value, _source(key)) for key, value in text.items() if value.strip())
 
     def _files(self) -> dict[str, Path]:
         files = {}
@@ -71,6 +72,13 @@ class StdlibSource:
         from pydoc_data.topics import topics
 
         return {f"pydoc_data/topics/{name}": text for name, text in sorted(topics.items())}
+
+
+def _source(name: str) -> str:
+    package, slash, _ = name.partition("/")
+    if not slash:
+        return SINGLE_MODULES
+    return DOCUMENTATION if package == "pydoc_data" else package
 
 
 def _is_wanted(name: str) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ava_exp.data.loader import IGNORED, Batch
+from ava_exp.evaluation.routing import RoutingMetrics, RoutingObserver
 from ava_exp.losses.cross_entropy import score_labels
 from ava_exp.models.decoder import Decoder
 
@@ -26,15 +27,21 @@ class LanguageMetrics:
     tokens: int
     bytes: int
     seconds: float
+    routing: RoutingMetrics | None = None
 
 
 @torch.inference_mode()
 def evaluate_language(
-    model: Decoder, batches: Iterable[Batch], token_bytes: np.ndarray, device: torch.device
+    model: Decoder,
+    batches: Iterable[Batch],
+    token_bytes: np.ndarray,
+    device: torch.device,
+    observer: RoutingObserver | None = None,
 ) -> LanguageMetrics:
     """Predict every label of `batches`. `token_bytes` (V,) says how many UTF-8 bytes each token stands for.
 
     End-of-document tokens stand for no bytes, yet cost nats: the figure includes predicting where documents end.
+    `observer` is shown the routing of every batch.
     """
     bytes_of = torch.from_numpy(np.ascontiguousarray(token_bytes, dtype=np.int64)).to(device)
     started, was_training = time.monotonic(), model.training
@@ -43,6 +50,8 @@ def evaluate_language(
     for batch in batches:
         labels = batch.labels.to(device).flatten()
         output = model(batch.input_ids.to(device))
+        if observer is not None:
+            observer.add(batch, output.routings)
         batch_nats, batch_correct = score_labels(output.hidden.flatten(0, 1), output.head, labels)
         nats, correct = nats + batch_nats.item(), correct + int(batch_correct)
         valid = labels != IGNORED
@@ -58,4 +67,5 @@ def evaluate_language(
         tokens=tokens,
         bytes=num_bytes,
         seconds=time.monotonic() - started,
+        routing=observer.metrics() if observer is not None else None,
     )

@@ -16,6 +16,7 @@ from ava_exp.data.loader import BatchLoader, EvaluationLoader
 from ava_exp.data.prepare import PreparedData, prepare_data
 from ava_exp.errors import ConfigError, must_be
 from ava_exp.evaluation.language import LanguageMetrics, evaluate_language
+from ava_exp.evaluation.routing import RoutingObserver, choose_probe
 from ava_exp.losses.terms import build_losses
 from ava_exp.models.arithmetic import count_parameters, training_flops
 from ava_exp.models.decoder import Decoder, build_model
@@ -122,9 +123,11 @@ def build_evaluation(
             batch_size=runtime.resolution.batch_size,
             max_tokens=None if whole else config.evaluation.max_tokens,
         )
+        probe = choose_probe(batches.windows(config.evaluation.max_tokens), config.data.sequence_length)
+        observer = RoutingObserver(data.validation.sources, probe, state.routing.choices)
         measured = inference_copy(config, runtime, model, updater)
         until_stop = itertools.takewhile(lambda batch: not is_stopping(), batches)
-        metrics = evaluate_language(measured, until_stop, data.tokenizer.token_bytes(), runtime.device)
+        metrics = evaluate_language(measured, until_stop, data.tokenizer.token_bytes(), runtime.device, observer)
         return None if is_stopping() else metrics
 
     return evaluate

@@ -200,9 +200,7 @@ class Pretraining:
         sweep_leftovers(self.folder.checkpoints)
         set_aside_after(self.folder.checkpoints, state.step)
         with MetricsFile(self.folder.metrics) as metrics:
-            metrics.cut_back(state.step)
-        for record in of_kind(read_metrics(self.folder.metrics), "eval"):  # one may have been made after the checkpoint
-            state.evaluations.setdefault(record["step"], record["loss"])
+            metrics.cut_back(state.step, state.evaluations)  # one that was made after the checkpoint is made again
         return state
 
     def _read(self, checkpoint: Path, updater: Updater, data: PreparedData, *, reset_optimizer: bool) -> TrainState:

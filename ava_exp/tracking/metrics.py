@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -51,9 +51,18 @@ class MetricsFile:
         self._pending.append(line.encode())
         self._write_pending()
 
-    def cut_back(self, step: int) -> None:
-        """Drop what comes after `step`, and a last line that was torn, so that a resumed run repeats nothing."""
-        kept = [line for line, record in _whole_lines(self.path) if record["step"] <= step]
+    def cut_back(self, step: int, evaluations: Container[int] | None = None) -> None:
+        """Drop what comes after `step`, and a last line that was torn, so that a resumed run repeats nothing.
+
+        An evaluation after `step` steps is dropped, too, unless `evaluations` has it: it was made after the checkpoint.
+        """
+
+        def is_kept(record: Record) -> bool:
+            if record["step"] == step and record["kind"] == "eval" and evaluations is not None:
+                return step in evaluations
+            return bool(record["step"] <= step)
+
+        kept = [line for line, record in _whole_lines(self.path) if is_kept(record)]
         if sum(map(len, kept)) != self.path.stat().st_size:
             write_atomically(self.path, b"".join(kept).decode())
             os.close(self._descriptor)

@@ -23,6 +23,7 @@ from ava_exp.optim.update import Updater
 from ava_exp.training.signals import SignalRequests
 from ava_exp.training.state import TrainState
 from ava_exp.training.step import StepMetrics, train_step
+from ava_exp.training.tally import ExpertTally, LayerVisits
 
 Record = dict[str, Any]
 
@@ -73,13 +74,14 @@ class Trainer:
         self.evaluate, self.save, self.sinks = evaluate, save, sinks
         self.device, self.backward = device or torch.device("cpu"), backward
         self.flops, self.peak_flops = flops, peak_flops
+        self.tally, self.visits = ExpertTally(), list[LayerVisits]()
 
     def fit(self, requests: SignalRequests | None = None) -> Outcome:
         """Train until the budget is spent, or until a signal asks to stop; then the state has been saved."""
         requests = requests or SignalRequests()
         self.model.train()
-        self._make_up_for_evaluation()
-        saved_step = self.state.step
+        made_up = self._make_up_for_evaluation()
+        saved_step = None if made_up else self.state.step
         while self.state.step < self.total_steps and requests.stop is None:
             batches = self.loader.micro_batches(self.state.step)
             metrics, seconds = self._step(batches)
@@ -96,11 +98,17 @@ class Trainer:
             self._save()
         return Outcome.stopped if requests.stop else Outcome.finished
 
-    def _make_up_for_evaluation(self) -> None:
-        """Evaluate a restored state whose own evaluation a signal had cut short."""
+    def get_expert_statistics(self) -> dict[str, Any]:
+        """Return what the routers did in the last step, by layer and in all: see `ExpertTally.statistics`."""
+        return self.tally.statistics()
+
+    def _make_up_for_evaluation(self) -> bool:
+        """Evaluate a restored state whose own evaluation a signal had cut short; return whether that was done."""
         final, step = self.state.step >= self.total_steps, self.state.step
-        if step > 0 and (final or self._is_due(self.evaluation_interval)) and step not in self.state.evaluations:
-            self._evaluate(final)
+        if step == 0 or step in self.state.evaluations or not (final or self._is_due(self.evaluation_interval)):
+            return False
+        self._evaluate(final)
+        return step in self.state.evaluations
 
     def _step(self, batches: list[Batch]) -> tuple[StepMetrics, float]:
         started = time.perf_counter()
@@ -121,6 +129,8 @@ class Trainer:
         self.state.step += 1
         self.state.tokens += metrics.num_tokens
         self.state.elapsed_s += seconds
+        self.tally, self.visits = metrics.tally, metrics.tally.visits()
+        self.state.routing.add([layer.by_expert for layer in self.visits])
         if metrics.applied:
             self.state.skipped_in_a_row = 0
             return
@@ -152,15 +162,23 @@ class Trainer:
             "sample_crc32": zlib.crc32(np.concatenate([batch.sample_ids for batch in batches]).tobytes()),
             "skipped": not metrics.applied,
         }
-        if visits := metrics.tally.visits():
-            record["expert_load"] = [[count / max(1, sum(layer)) for count in layer] for layer in visits]
-            record["dropped_visits"] = metrics.tally.dropped()
-        return record
+        return record | self._routing_record()
+
+    def _routing_record(self) -> Record:
+        visits = self.visits
+        if not visits:
+            return {}
+        return {
+            "expert_load": [layer.shares for layer in visits],
+            "visits_per_token": [layer.per_token for layer in visits],
+            "dropped_share": [layer.dropped_share for layer in visits],
+            "dead_experts": self.state.routing.dead_experts(),
+        }
 
     def _mfu(self, metrics: StepMetrics, seconds: float) -> float | None:
         if self.flops is None or self.peak_flops is None:
             return None
-        num_visits = sum(map(sum, metrics.tally.visits()))
+        num_visits = sum(layer.total for layer in self.visits)
         return self.flops.of(metrics.num_tokens, num_visits) / seconds / self.peak_flops
 
     def _evaluate(self, final: bool) -> None:
@@ -170,6 +188,10 @@ class Trainer:
         if result is None:
             return
         self.state.evaluations[self.state.step] = result.loss
+        routing: Record = {}
+        if result.routing is not None:
+            self.state.routing.choices = result.routing.choices
+            routing = result.routing.record()
         self._emit(
             {
                 "kind": "eval",
@@ -181,6 +203,7 @@ class Trainer:
                 "tokens": result.tokens,
                 "seconds": result.seconds,
                 "final": final,
+                **routing,
             }
         )
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from ava_exp.errors import CheckpointError, must_be
 from ava_exp.optim.update import Updater
 from ava_exp.training.checkpoint import Snapshot, prune_checkpoints, write_checkpoint
+from ava_exp.training.history import RoutingHistory
 from ava_exp.training.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -99,13 +100,16 @@ def take_snapshot(updater: Updater, state: TrainState, extra: dict[str, Any], *,
     state.loss_scale, state.loss_scale_good_steps = updater.loss_scale.scale, updater.loss_scale.good_steps
     random_tensors, random_numbers = random_state()
     weights = {**updater.weights, **updater.buffers}
+    tensors = {
+        "model": _copies(weights) if copy else weights,
+        "optimizer": _copies(optimizer_tensors) if copy else optimizer_tensors,
+        "random": random_tensors,
+    }
+    if routing := state.routing.to_tensors():
+        tensors["routing"] = routing
     return Snapshot(
         step=state.step,
-        tensors={
-            "model": _copies(weights) if copy else weights,
-            "optimizer": _copies(optimizer_tensors) if copy else optimizer_tensors,
-            "random": random_tensors,
-        },
+        tensors=tensors,
         state={"train": state.to_json(), "optimizer": optimizer_numbers, "random": random_numbers, **extra},
     )
 
@@ -115,7 +119,8 @@ def restore_snapshot(snapshot: Snapshot, updater: Updater, *, reset_optimizer: b
     load_weights(snapshot, {**updater.weights, **updater.buffers})
     updater.round_masters()
     try:
-        state = TrainState.from_json(snapshot.state["train"])
+        routing = RoutingHistory.from_tensors(snapshot.tensors.get("routing", {}))
+        state = TrainState.from_json(snapshot.state["train"], routing)
         if not reset_optimizer:
             updater.load_optimizer_state(snapshot.tensors["optimizer"], snapshot.state["optimizer"])
             updater.loss_scale.scale, updater.loss_scale.good_steps = state.loss_scale, state.loss_scale_good_steps

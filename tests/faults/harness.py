@@ -59,6 +59,16 @@ NUMBERS = (
     "grad_norm",
     "token_accuracy",
 )
+ROUTING = (
+    "expert_load",
+    "visits_per_token",
+    "dropped_share",
+    "dead_experts",
+    "token_entropy",
+    "churn",
+    "source_load",
+    "source_information",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +90,9 @@ class Observed:
     """Everything that a resumed run must have in common with one that was never interrupted."""
 
     records: list[tuple[object, ...]]
-    """Of every step and evaluation: kind, step, samples, and all numbers as exact hexadecimal floats."""
+    """Of every step and evaluation: kind, step, samples, and all numbers, exactly."""
     final: dict[str, Any]
-    """Checksums of weights, optimizer and random states of the newest checkpoint, and its JSON state."""
+    """Checksums of all tensors of the newest checkpoint, and its JSON state."""
 
 
 def observed(folder: Path) -> Observed:
@@ -90,7 +100,8 @@ def observed(folder: Path) -> Observed:
     records = []
     for record in read_metrics(folder / "metrics.jsonl"):
         numbers = [float(record[name]).hex() for name in NUMBERS if name in record]
-        records.append((record["kind"], record["step"], record.get("sample_crc32"), *numbers))
+        routing = [json.dumps(record[name]) for name in ROUTING if name in record]
+        records.append((record["kind"], record["step"], record.get("sample_crc32"), *numbers, *routing))
     return Observed(records, final_state(list_checkpoints(folder / "checkpoints")[-1]))
 
 

@@ -36,10 +36,15 @@ def test_a_text_file_is_one_document_and_a_row_is_another(tmp_path: Path) -> Non
     write(tmp_path / "corpus/a.txt", "one\r\ntwo\n")
     write(tmp_path / "corpus/b/c.jsonl", rows("three", "four\n"))
     assert list(source_of(tmp_path / "corpus").documents()) == [
-        Document("corpus/a.txt", "one\r\ntwo\n"),
-        Document("corpus/b/c.jsonl:1", "three"),
-        Document("corpus/b/c.jsonl:2", "four\n"),
+        Document("corpus/a.txt", "one\r\ntwo\n", source="corpus"),
+        Document("corpus/b/c.jsonl:1", "three", source="corpus/b/c.jsonl"),
+        Document("corpus/b/c.jsonl:2", "four\n", source="corpus/b/c.jsonl"),
     ]
+
+
+def test_a_text_that_is_named_itself_is_a_source_of_its_own(tmp_path: Path) -> None:
+    write(tmp_path / "a.txt", "one")
+    assert [document.source for document in source_of(tmp_path / "a.txt").documents()] == ["a.txt"]
 
 
 def test_compressed_files_read_as_their_content(tmp_path: Path) -> None:

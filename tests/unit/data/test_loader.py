@@ -127,6 +127,16 @@ def test_a_bounded_evaluation_takes_windows_from_all_over(counting: MakeDataset)
     assert sum(len(batch.sample_ids) for batch in EvaluationLoader(dataset, 8, 3, max_tokens=10**9)) == 100
 
 
+def test_every_evaluated_token_knows_its_source(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, vocab_size=100, end_of_document_id=0)
+    for length, source in ((9, "a"), (4, "b"), (12, "a")):
+        writer.add(np.ones(length, dtype=np.uint32), source)
+    writer.finish(split="validation", source_fingerprint="", tokenizer_fingerprint="")
+    dataset = TokenDataset.open(tmp_path)
+    found = torch.cat([batch.source_ids[batch.labels != IGNORED] for batch in EvaluationLoader(dataset, 8, 2)])  # type: ignore[index]
+    assert found.tolist() == [0] * 10 + [1] * 5 + [0] * 12, "of inputs: all tokens but the last"
+
+
 def test_nothing_to_predict_is_refused(counting: MakeDataset) -> None:
     with pytest.raises(DataError, match="none to predict"):
         EvaluationLoader(counting(1), 8, 1)

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ava_exp.data.shards import ShardWriter, TokenDataset
+from ava_exp.data.document import OTHER
+from ava_exp.data.shards import MAX_SOURCES, ShardWriter, TokenDataset
 from ava_exp.errors import DataError
 
 DOCUMENTS = [[5, 6, 7], [8], [], [9, 10, 11, 12, 13]]
@@ -47,6 +48,40 @@ def test_every_position_knows_its_document(tmp_path: Path) -> None:
     assert [dataset.document_of(position) for position in range(len(FLAT))] == [0] * 4 + [1] * 2 + [2] + [3] * 6
 
 
+def test_every_token_knows_the_source_of_its_document(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, vocab_size=100, end_of_document_id=0, shard_tokens=4)
+    for document, source in zip(DOCUMENTS, ("web", "books", "web", "books"), strict=True):
+        writer.add(np.array(document, dtype=np.uint32), source)
+    writer.finish(split="train", source_fingerprint="s", tokenizer_fingerprint="t")
+    dataset = TokenDataset.open(tmp_path)
+    assert dataset.sources == ["books", "web"], "the longest first"
+    assert dataset.source_ids(0, len(FLAT)).tolist() == [1] * 4 + [0] * 2 + [1] + [0] * 6
+    assert dataset.source_ids(5, 8).tolist() == [0, 1, 0]
+
+
+def test_the_longest_sources_are_told_apart_and_the_rest_is_other(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, vocab_size=100, end_of_document_id=0)
+    for number in range(MAX_SOURCES + 3):
+        writer.add(np.ones(20 - number, dtype=np.uint32), OTHER if number == 1 else f"source {number}")
+    writer.finish(split="train", source_fingerprint="s", tokenizer_fingerprint="t")
+    dataset = TokenDataset.open(tmp_path)
+    expected = [OTHER if number == 1 else f"source {number}" for number in range(MAX_SOURCES - 1)]
+    assert dataset.sources == expected
+    last = dataset.source_ids(dataset.num_tokens - 1, dataset.num_tokens)
+    assert [dataset.sources[source] for source in last] == [OTHER]
+    assert dataset.sources[dataset.source_ids(21 + 20, 22 + 20)[0]] == "source 2"
+
+
+def test_a_source_that_is_not_in_the_manifest_is_found(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, vocab_size=100, end_of_document_id=0)
+    for source in ("a", "b"):
+        writer.add(np.ones(3, dtype=np.uint32), source)
+    writer.finish(split="train", source_fingerprint="s", tokenizer_fingerprint="t")
+    edit_manifest(tmp_path, sources=["a"])
+    with pytest.raises(DataError, match="names a source that is not in"):
+        TokenDataset.open(tmp_path)
+
+
 @settings(deadline=None, max_examples=25)
 @given(
     documents=st.lists(st.lists(st.integers(0, 2**17 - 1), max_size=30), min_size=1, max_size=10),
@@ -76,14 +111,14 @@ def test_a_token_beyond_the_vocabulary_is_not_written(tmp_path: Path) -> None:
 
 def test_the_manifest_names_files_sizes_checksums_and_origin(tmp_path: Path) -> None:
     manifest = json.loads((written(tmp_path, DOCUMENTS) / "manifest.json").read_text())
-    for record in [*manifest["shards"], manifest["documents"]]:
+    for record in [*manifest["shards"], manifest["documents"], manifest["document_sources"]]:
         content = (tmp_path / record["name"]).read_bytes()
         assert (record["num_bytes"], record["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
     assert (manifest["source_fingerprint"], manifest["tokenizer_fingerprint"]) == ("s", "t")
     assert (manifest["num_tokens"], manifest["num_documents"], manifest["max_token_id"]) == (13, 4, 13)
 
 
-@pytest.mark.parametrize("name", ["tokens_00001.bin", "documents.bin"])
+@pytest.mark.parametrize("name", ["tokens_00001.bin", "documents.bin", "sources.bin"])
 def test_a_flipped_bit_is_found_unless_verification_is_off(tmp_path: Path, name: str) -> None:
     path = written(tmp_path, DOCUMENTS) / name
     content = bytearray(path.read_bytes())
@@ -103,13 +138,16 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 2}, "format 2; this version reads 1"),
+        ({"format_version": 1}, "format 1; this version reads 2. Prepare the data again"),
         ({"dtype": "object"}, "damaged: it names"),
         ({"num_tokens": 12}, "contradict each other"),
         ({"num_documents": 5}, "contradict each other"),
         ({"shards": []}, "damaged: it names"),
         ({"shards": [{"name": "../secret.bin", "num_bytes": 26, "sha256": ""}]}, "damaged: it names"),
         ({"documents": {"name": "documents.bin"}}, "damaged: TypeError"),
+        ({"document_sources": {"name": "../sources.bin", "num_bytes": 4, "sha256": ""}}, "damaged: it names"),
+        ({"sources": []}, "damaged: its sources are"),
+        ({"sources": [1]}, "damaged: its sources are"),
         ({"vocab_size": 13}, "token id 13, but its vocabulary has 13"),
     ],
 )

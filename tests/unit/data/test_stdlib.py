@@ -80,3 +80,10 @@ def test_the_stamp_changes_with_a_file(tmp_path: Path) -> None:
     assert source.stamp() == before
     (tmp_path / "a.py").write_bytes(b"x = 12\n")
     assert source.stamp() != before
+
+
+def test_the_source_of_a_document_is_its_package(tmp_path: Path) -> None:
+    library = fake_library(tmp_path, {"os.py": b"x = 1", "xml/dom/minidom.py": b"x = 1"})
+    assert [document.source for document in library.documents()] == ["single modules", "xml"]
+    topic = next(document for document in StdlibSource().documents() if document.name.startswith("pydoc_data/"))
+    assert topic.source == "documentation"
