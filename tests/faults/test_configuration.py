@@ -61,7 +61,7 @@ def checkout(tmp_path: Path) -> Checkout:
     ("override", "suggestion"),
     [
         ("modle=small", "did you mean `model`?"),
-        ("model=smal", "did you mean `small`?"),
+        ("model=smal", "did you mean `small` or `cpu_small`?"),
         ("optimizer.learning_rat=1e-3", "did you mean `optimizer.learning_rate`"),
         ("+optimizer.learning_rat=1e-3", "did you mean `optimizer.learning_rate`"),
         ("optimizer.learning_rate=abc", "`optimizer.learning_rate` must be a number, but is 'abc' instead."),
