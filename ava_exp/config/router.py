@@ -98,6 +98,8 @@ class SoftRouterConfig(TokenChoiceConfig):
 
     builds: ClassVar[str] = "ava_exp.nn.moe.soft:SoftRouter"
 
+    load_balancing_weight: float = 0.0
+
     def experts_per_token(self, num_experts: int) -> float:
         return num_experts
 

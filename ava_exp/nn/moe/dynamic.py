@@ -12,13 +12,13 @@ from ava_exp.nn.moe.routing import Routing
 
 
 class DynamicRouter(TokenChoiceRouter):
-    """The fewest experts whose probabilities add up to `threshold` [huang2024dynamic] §3.2, at most `max_experts`.
+    """The fewest experts whose probabilities add up to `threshold` [huang2024dynamic] §2, at most `max_experts`.
 
-    `routing_entropy_loss` is the mean entropy of a token's probabilities, the paper's dynamic loss (§3.3): it keeps the
-    router from spreading its probability, which buys it more experts. Weights are the
-    probabilities; with `renormalize`, which the paper has not, they are divided by their sum, and tokens with a single
-    expert teach their router nothing. The MoE++ text says no more than "confidence-based expert selection"; the cap is
-    ours and bounds the cost of a step.
+    Weights are the probabilities. With `renormalize`, which the paper does not have, they are divided by their sum;
+    tokens with a single expert then teach their router nothing. `routing_entropy_loss` is the mean entropy of a token's
+    probabilities, the paper's dynamic loss: it keeps the router from spreading its probability, which buys it more
+    experts. The MoE++ text says no more than "confidence-based expert selection"; the cap is ours and bounds the cost
+    of a step.
     """
 
     ragged = True

@@ -55,7 +55,7 @@ class TokenChoiceRouter(Router):
 
     `jitter` multiplies the router's input by uniform noise in [1 - jitter, 1 + jitter] while training [fedus2022switch]
     app. C; the Ava text adds it to the logits instead. `routing_temperature` divides the logits: it changes the
-    weights, and never the noiseless selection.
+    weights, and the selection only of routers that look at more than the order of logits.
     """
 
     moe_top_k: int

@@ -15,7 +15,7 @@ class TwoStageRouter(TokenChoiceRouter):
     """One softmax over all experts; a token's `groups_per_token` best groups, then its `moe_top_k` best experts there.
 
     The Vishwamai text calls its router "two-stage top-k" and shows a single top-k. This is the group-limited routing of
-    [deepseek2024v2] §2.1.2 with the paper's score of a group, its best expert.
+    [deepseek2024v2] §2.2.2 with the paper's score of a group, its best expert.
     """
 
     def __init__(

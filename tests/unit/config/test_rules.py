@@ -71,6 +71,71 @@ def test_contradictions_are_errors(overrides: list[str], key: str) -> None:
     assert key in error_keys(composed(*overrides))
 
 
+GROUPS = ["router=two_stage", "sparsity.num_experts=8"]
+TREE = ["router=hierarchical", "sparsity.num_experts=8"]
+PRODUCT = "`sparsity.router.branching` must be numbers of children whose product is `sparsity.num_experts` (8)"
+NULL, AVERAGE = "`sparsity.capacity_factor` must be null", "`sparsity.router.average_experts`"
+CHILDREN = "`sparsity.router.choices` must be at each level 1 to its number of children, [2, 4]"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["sparsity.router.moe_top_k=9"],
+            "`sparsity.router.moe_top_k` must be 1 to `sparsity.num_experts` (8), but is 9 instead.",
+        ),
+        (
+            [*GROUPS, "sparsity.router.num_groups=3"],
+            "`sparsity.router.num_groups` must be a divisor of `sparsity.num_experts` (8), but is 3 instead.",
+        ),
+        (
+            ["router=deepseek", "sparsity.router.num_groups=16"],
+            "`sparsity.router.num_groups` must be a divisor of `sparsity.num_experts` (8), but is 16 instead.",
+        ),
+        (
+            [*GROUPS, "sparsity.router.groups_per_token=3"],
+            "`sparsity.router.groups_per_token` must be at most the 2 groups, but is 3 instead.",
+        ),
+        (
+            [*GROUPS, "sparsity.router.num_groups=4", "sparsity.router.moe_top_k=3"],
+            "`sparsity.router.moe_top_k` must be at most 2, the experts of 1 of 4 groups, but is 3 instead.",
+        ),
+        ([*TREE, "sparsity.router.branching=[2,3]"], f"{PRODUCT}, but is [2, 3] instead."),
+        ([*TREE, "sparsity.router.branching=[]"], f"{PRODUCT}, but is [] instead."),
+        ([*TREE, "sparsity.router.branching=[-2,-4]"], f"{PRODUCT}, but is [-2, -4] instead."),
+        (
+            [*TREE, "sparsity.router.choices=[2]"],
+            "`sparsity.router.choices` must be as long as the branching [2, 4], but is [2] instead.",
+        ),
+        ([*TREE, "sparsity.router.choices=[3,1]"], f"{CHILDREN}, but is [3, 1] instead."),
+        ([*TREE, "sparsity.router.choices=[1,0]"], f"{CHILDREN}, but is [1, 0] instead."),
+        (
+            ["router=soft", "sparsity.capacity_factor=2"],
+            f"{NULL}, for in soft routing every expert takes every token, but is 2.0 instead.",
+        ),
+        (
+            ["router=expert_choice", "sparsity.capacity_factor=2"],
+            f"{NULL}, for with expert choice {AVERAGE} says what an expert takes, but is 2.0 instead.",
+        ),
+        (
+            ["sparsity.first_k_dense=4"],
+            "`sparsity.first_k_dense` must be below `model.num_layers` (4), but is 4 instead.",
+        ),
+    ],
+)
+def test_a_router_that_does_not_fit_is_told_exactly(overrides: list[str], message: str) -> None:
+    faults = [fault for fault in validate(composed(*overrides)) if fault.severity is Severity.error]
+    assert [fault.message for fault in faults] == [message]
+
+
+def test_a_remedy_is_told_where_there_is_one() -> None:
+    (groups,) = validate(composed(*GROUPS, "sparsity.router.num_groups=4", "sparsity.router.moe_top_k=3"))
+    assert groups.mend == "Raise `sparsity.router.groups_per_token`, or lower `sparsity.router.num_groups`."
+    (layers,) = validate(composed("sparsity.first_k_dense=5"))
+    assert layers.mend == "Or take `sparsity=dense`."
+
+
 @pytest.mark.parametrize(
     ("overrides", "key"),
     [
@@ -100,6 +165,14 @@ def test_what_is_unusual_is_a_warning_and_does_not_stop_the_run(overrides: list[
         ["hardware=v100", "precision=mixed_fp16"],
         ["checkpoint.save_total_limit=0", "evaluation.max_tokens=null", "training.batch_size=null"],
         ["stage=generate", "stage.temperature=0", "stage.top_p=1.0"],
+        ["sparsity.first_k_dense=3"],
+        ["router=two_stage", "sparsity.num_experts=7"],
+        ["router=two_stage", "sparsity.router.num_groups=8", "sparsity.router.groups_per_token=2"],
+        ["router=deepseek", "sparsity.router.num_groups=4", "sparsity.router.groups_per_token=4"],
+        ["router=hierarchical", "sparsity.router.branching=[2,2,2]", "sparsity.router.choices=[2,2,2]"],
+        ["router=dynamic", "sparsity.router.threshold=1", "sparsity.router.max_experts=100"],
+        ["router=expert_choice", "sparsity.router.average_experts=0.5"],
+        ["router=sinkhorn", "sparsity.capacity_factor=0.5", "sparsity.overflow=residual"],
     ],
 )
 def test_what_is_at_the_edge_is_allowed(overrides: list[str]) -> None:
@@ -131,17 +204,18 @@ def test_every_bound_is_kept_at_a_key_that_exists(bound: Bound, key: str) -> Non
 
 def run_with(key: str) -> RunConfig:
     """The default run, with an option of the key's group that has the key."""
-    choices = [choice for choice in options_with(key) if not choice.startswith("router")]
     needed = {"data=files": ["data.paths=[.]"]}
-    default = composed()
-    if not choices or hasattr(value_at(default, key.rpartition(".")[0]), key.rpartition(".")[2]):
+    default, (section, _, name) = composed(), key.rpartition(".")
+    if hasattr(value_at(default, section) if section else default, name):
         return default
-    return composed(choices[0], *needed.get(choices[0], []))
+    choice = options_with(key)[0]
+    return composed(choice, *needed.get(choice, []))
 
 
 def test_every_number_has_a_bound_or_a_reason_to_have_none() -> None:
     bounded = {key for bound in BOUNDS for key in bound.keys}
-    checked_elsewhere = {"optimizer.betas", "sparsity.router.moe_top_k", "tokenizer.vocab_size"}
+    trees = {"sparsity.router.branching", "sparsity.router.choices"}
+    checked_elsewhere = {"optimizer.betas", "tokenizer.vocab_size"} | trees
     any_number_will_do = {"stage.generation_seed"}
     numbers = {key for key in all_keys() if any(is_number(annotation) for annotation in annotations_at(key))}
     assert numbers - bounded - checked_elsewhere - any_number_will_do == set()

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ava_exp.config.model import (
     Activation,
     AttentionBackend,
+    DispatchBackend,
     GroupedAttentionConfig,
     Overflow,
 )
@@ -50,8 +51,8 @@ from tests.unit.nn.routing_cases import (
     ROUTERS,
     build_decoder,
     build_layer,
-    moe_config,
     model_config,
+    moe_config,
     some_ids,
     some_input,
 )
@@ -132,6 +133,20 @@ def test_evaluation_is_dropless_unless_asked_otherwise(name: str, overflow: Over
     assert layer.capacity is not None
     layer.capacity.at_evaluation = True
     assert not torch.equal(layer(x)[0], dropless)
+
+
+@pytest.mark.parametrize(("name", "overflow"), CASES, ids=case_id)
+def test_the_grouped_back_end_computes_the_same(name: str, overflow: Overflow | None) -> None:
+    """Visits that do not exist included."""
+    results = []
+    for dispatch in (DispatchBackend.loop, DispatchBackend.grouped):
+        layer = build_layer(name, overflow, dtype=torch.float32, dispatch=dispatch)
+        x = some_input(3, 12, torch.float32).requires_grad_()
+        backward(layer, x)
+        results.append([layer(x)[0].detach(), x.grad, *(parameter.grad for parameter in layer.parameters())])
+    for loop, grouped in zip(*results, strict=True):
+        assert loop is not None and grouped is not None
+        assert (loop - grouped).norm() <= 1e-5 * loop.norm()
 
 
 @pytest.mark.parametrize(
