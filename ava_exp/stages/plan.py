@@ -9,13 +9,12 @@ from ava_exp.config.machine import HardwareConfig, Precision
 from ava_exp.config.run import RunConfig
 from ava_exp.errors import EXIT_OK
 from ava_exp.models.arithmetic import (
-    MemoryEstimate,
     ParameterBreakdown,
     count_parameters,
-    estimate_memory,
     forward_flops_per_token,
     training_flops_per_token,
 )
+from ava_exp.models.memory import MemoryEstimate, estimate_memory
 
 GIB = 2**30
 
