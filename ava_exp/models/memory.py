@@ -141,7 +141,9 @@ def _mixing_bytes(model: ModelConfig, attention: AttentionConfig, size: int, num
     scores = model.num_heads * num_scores * (3 if attention.attention_dropout > 0 else 1)
     norms = 8 * (query + key_value) if attention.qk_norm else 0
     masks = 2 * size * model.hidden_size if model.dropout > 0 else 0
-    return _norm_bytes(model, size) + size * (2 * query + 2 * key_value + scores) + norms + masks
+    # torch's fused product keeps the values as they stand in the one result of all three projections.
+    projected = 0 if num_scores else query + key_value
+    return _norm_bytes(model, size) + size * (2 * query + 2 * key_value + projected + scores) + norms + masks
 
 
 def _rows_of_experts(sparsity: SparsityConfig, tokens: int, on_cpu: bool) -> int:
