@@ -12,6 +12,7 @@ import logging
 import os
 import platform
 import re
+import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ DTYPES = {
     Precision.mixed_bf16: torch.bfloat16,
 }
 """The format a model computes in."""
+
+PROCESS_STATUS, CLEAR_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 WORTHWHILE_SPEEDUP = 1.3
 """`precision=auto` leaves fp32 on a CPU only for a measured gain of at least this much."""
@@ -289,3 +292,22 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(m_mmap_max, 0)
         mallopt(m_trim_threshold, largest_int)
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory_bytes` count from now on. Of a CPU's memory only Linux can forget a peak."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif CLEAR_PEAK.exists():
+        CLEAR_PEAK.write_text("5")
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the most memory in use at a time: what torch allocated on a GPU, else what the process had resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if PROCESS_STATUS.exists():
+        line = next(line for line in PROCESS_STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+        return 1024 * int(line.split()[1])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else 1024 * peak

@@ -78,6 +78,8 @@ class PrecisionConfig:
     scale_factor: float = 2.0
     scale_window: int = 2000
     min_scale: float = 1.0
+    stochastic_rounding: bool = False
+    """Of weights and optimizer states with `bf16`: updates too small for them are not lost on average."""
 
 
 @dataclass(kw_only=True, slots=True)

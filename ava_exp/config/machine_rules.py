@@ -45,6 +45,18 @@ def _declared_device_does_the_precision(config: RunConfig) -> Iterator[Fault]:
             yield from precision_faults(config.hardware.device, config.hardware.compute_capability, precision)
 
 
+def offload_faults(device: DeviceType, offload_activations: bool) -> list[Fault]:
+    """Return what speaks against offloading activations from a device. Called here and once the device is known."""
+    if device is DeviceType.cpu and offload_activations:
+        mend = "They are in the processor's memory already; `training.recompute` saves some of it."
+        return [error("training.offload_activations", "false on a CPU", True, mend)]
+    return []
+
+
+def _declared_device_can_offload(config: RunConfig) -> Iterator[Fault]:
+    yield from offload_faults(config.hardware.device, config.training.offload_activations)
+
+
 def _data_files_exist(config: RunConfig) -> Iterator[Fault]:
     if not isinstance(config.data, FilesConfig):
         return
@@ -123,6 +135,7 @@ def _approximate_parameters(config: RunConfig) -> int:
 
 RULES: tuple[Rule, ...] = (
     _declared_device_does_the_precision,
+    _declared_device_can_offload,
     _data_files_exist,
     _tokenizer_file_exists,
     _resume_is_a_word_or_a_path,

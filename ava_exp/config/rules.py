@@ -11,6 +11,7 @@ from typing import Any
 
 from ava_exp.config.data import BPEConfig
 from ava_exp.config.faults import Fault, Rule, Severity, error
+from ava_exp.config.machine import Precision
 from ava_exp.config.model import MoEConfig
 from ava_exp.config.router import (
     DeepSeekRouterConfig,
@@ -21,7 +22,7 @@ from ava_exp.config.router import (
     balanced_divisor,
 )
 from ava_exp.config.run import RunConfig
-from ava_exp.config.training import AdamWConfig, WSDConfig
+from ava_exp.config.training import AdamWConfig, Recompute, WSDConfig
 
 SPECIAL_TOKENS = 8
 """Tokens that a trained tokenizer reserves for documents and roles."""
@@ -326,6 +327,20 @@ def _budget_is_usual(config: RunConfig) -> Iterator[Fault]:
         yield Fault(Severity.warning, "budget.chinchilla_multiplier", message)
 
 
+def _only_bf16_rounds_stochastically(config: RunConfig) -> Iterator[Fault]:
+    precision = config.precision
+    if precision.stochastic_rounding and precision.training is not Precision.bf16:
+        expected = "false unless `precision.training` is `bf16`"
+        yield error("precision.stochastic_rounding", expected, True, "The others round nothing that has no master.")
+
+
+def _compiled_blocks_are_recomputed_whole(config: RunConfig) -> Iterator[Fault]:
+    training = config.training
+    if training.compile and training.recompute is Recompute.selective:
+        mend = "Or set `training.compile=false`."
+        yield error("training.recompute", "`none` or `full` with `training.compile`", training.recompute.value, mend)
+
+
 RULES: tuple[Rule, ...] = (
     _bounds,
     _numbers_are_finite,
@@ -339,4 +354,6 @@ RULES: tuple[Rule, ...] = (
     _betas_are_two_ratios,
     _schedule_fits,
     _budget_is_usual,
+    _only_bf16_rounds_stochastically,
+    _compiled_blocks_are_recomputed_whole,
 )

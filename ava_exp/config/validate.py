@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from ava_exp.config import machine_rules, rules
 from ava_exp.config.faults import Fault, Severity, is_blocked, raise_if_fatal, report
-from ava_exp.config.machine_rules import precision_faults
+from ava_exp.config.machine_rules import offload_faults, precision_faults
 from ava_exp.config.run import RunConfig
 
-__all__ = ["Fault", "Severity", "is_blocked", "precision_faults", "raise_if_fatal", "report", "validate"]
+__all__ = [
+    "Fault",
+    "Severity",
+    "is_blocked",
+    "offload_faults",
+    "precision_faults",
+    "raise_if_fatal",
+    "report",
+    "validate",
+]
 
 
 def validate(config: RunConfig) -> list[Fault]:

@@ -1,4 +1,4 @@
-"""Closed forms: parameters, FLOPs and memory of a configured model. No torch, nothing allocated.
+"""Closed forms: parameters and FLOPs of a configured model. No torch, nothing allocated.
 
 Every count is asserted against built models in the tests.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ava_exp.config.machine import Precision
 from ava_exp.config.model import (
     Activation,
     AttentionConfig,
@@ -187,65 +186,3 @@ def training_flops(
     per_visit = 6.0 * _expert_weights(model, sparsity)[0]
     visits = num_sparse_layers(model, sparsity) * experts_per_token(sparsity)
     return StepFlops(per_token=total - visits * per_visit, per_visit=per_visit)
-
-
-@dataclass(kw_only=True, slots=True, frozen=True)
-class MemoryEstimate:
-    """Bytes by part while training on one device."""
-
-    weights: int
-    master_weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-    logits: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.master_weights + self.gradients + self.optimizer + self.activations + self.logits
-
-
-WEIGHT_BYTES = {
-    Precision.fp32: 4,
-    Precision.fp16: 2,
-    Precision.bf16: 2,
-    Precision.mixed_fp16: 2,
-    Precision.mixed_bf16: 2,
-}
-
-
-def estimate_memory(
-    model: ModelConfig,
-    attention: AttentionConfig,
-    sparsity: SparsityConfig,
-    *,
-    precision: Precision,
-    batch_size: int,
-    sequence_length: int,
-) -> MemoryEstimate:
-    """Estimate training memory with Adam. Weights, gradients and states are exact; activations count what is saved."""
-    parameters = count_parameters(model, attention, sparsity).total
-    size = WEIGHT_BYTES[precision]
-    mixed = precision in (Precision.mixed_fp16, Precision.mixed_bf16)
-    tokens = batch_size * sequence_length
-    return MemoryEstimate(
-        weights=size * parameters,
-        master_weights=4 * parameters if mixed else 0,
-        gradients=(4 if mixed else size) * parameters,
-        optimizer=2 * (size if precision is Precision.bf16 else 4) * parameters,
-        activations=tokens * model.num_layers * size * _saved_values_per_token(model, sparsity, sequence_length),
-        # The head's output, its fp32 copy, and the gradients of both.
-        logits=tokens * model.vocab_size * (2 * size + 8),
-    )
-
-
-def _saved_values_per_token(model: ModelConfig, sparsity: SparsityConfig, sequence_length: int) -> int:
-    """Values one block keeps of one token for its backward pass: inputs of norms, products and activations."""
-    assert model.head_dim is not None and model.num_kv_heads is not None and model.intermediate_size is not None
-    hidden, query = model.hidden_size, model.num_heads * model.head_dim
-    mixing = 4 * hidden + 3 * query + 4 * model.num_kv_heads * model.head_dim + 2 * model.num_heads * sequence_length
-    up = _up_matrices(model)
-    if not isinstance(sparsity, MoEConfig):
-        return mixing + (2 * up + 1) * model.intermediate_size
-    visit = (2 * up + 1) * expert_width(model, sparsity) + 2 * hidden
-    return mixing + round(experts_per_token(sparsity) * visit) + 3 * sparsity.num_experts

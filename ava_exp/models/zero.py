@@ -11,7 +11,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from ava_exp.models.arithmetic import MemoryEstimate, ParameterBreakdown
+from ava_exp.models.arithmetic import ParameterBreakdown
+from ava_exp.models.memory import MemoryEstimate
 
 STAGES = (0, 1, 2, 3)
 

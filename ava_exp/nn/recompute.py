@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -22,14 +22,14 @@ SMALLEST_OFFLOADED_BYTES = 2**16
 def run_recomputed(block: nn.Module, recompute: Recompute, *inputs: Any) -> Any:
     """Run a block so that its backward pass computes again what the forward pass did not keep [chen2016sublinear] §4.
 
-    `full` keeps the block's input alone. `selective` keeps the results of products with weights, too, so that only norms,
-    activations, gathers and attention's scores are computed again [korthikanti2022reducing] §5. Random numbers are
-    drawn as before; what the block returns is returned once.
+    `full` keeps the block's input alone. `selective` keeps the results of products with weights, too, so that only
+    norms, activations, gathers and attention's scores are computed again [korthikanti2022reducing] §5. Random numbers
+    are drawn as before; what the block returns is returned once.
     """
-    context: dict[str, Callable[[], Any]] = {}
-    if recompute is Recompute.selective:
-        context["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
-    return checkpoint(block, *inputs, use_reentrant=False, **context)
+    if recompute is Recompute.full:
+        return checkpoint(block, *inputs, use_reentrant=False)
+    keep_products = functools.partial(create_selective_checkpoint_contexts, _policy)
+    return checkpoint(block, *inputs, use_reentrant=False, context_fn=keep_products)
 
 
 def _policy(ctx: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

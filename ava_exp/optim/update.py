@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ava_exp.optim.groups import parameter_groups
+from ava_exp.optim.stochastic import StandIns
 
 
 @dataclass(kw_only=True, slots=True)
@@ -43,6 +44,7 @@ class Updater:
     """Owns the optimizer, its master weights and the loss scale of one model.
 
     `wide_states` computes updates and keeps optimizer states in fp32 for 16-bit weights whose rounding is forgotten.
+    `stochastic_rounding` computes them in fp32 for bf16 weights and states, portion by portion, and rounds by chance.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Updater:
         weight_decay: float,
         master_weights: bool,
         wide_states: bool = False,
+        stochastic_rounding: bool = False,
         loss_scale: LossScale | None = None,
     ) -> None:
         self.loss_scale = loss_scale or LossScale()
@@ -64,10 +67,12 @@ class Updater:
         self.weights: dict[str, Tensor] = dict(self.model_parameters)
         if self.wide:
             self.weights = {name: nn.Parameter(p.detach().float()) for name, p in self.model_parameters.items()}
+        self.stand_ins = StandIns(self.weights) if stochastic_rounding else None
+        held = self.weights if self.stand_ins is None else self.stand_ins.parameters
         groups = parameter_groups(model, weight_decay)
         self.group_names: list[list[str]] = [group.pop("names") for group in groups]
         for group, names in zip(groups, self.group_names, strict=True):
-            group["params"] = [self.weights[name] for name in names]
+            group["params"] = [held[name] for name in names]
         self.optimizer = build_optimizer(groups)
         self.peak_learning_rate: float = self.optimizer.param_groups[0]["lr"]
 
@@ -101,11 +106,18 @@ class Updater:
                 torch._foreach_mul_(gradients, factor)
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
-            self.optimizer.step()
-            self.round_masters()
-        self.optimizer.zero_grad()
+            self._step()
+        for weight in self.weights.values():
+            weight.grad = None
         self.loss_scale.observe(finite)
         return norm, finite
+
+    def _step(self) -> None:
+        if self.stand_ins is not None:
+            self.stand_ins.step(self.optimizer)
+            return
+        self.optimizer.step()
+        self.round_masters()
 
     @torch.no_grad()
     def round_masters(self) -> None:
@@ -137,6 +149,8 @@ class Updater:
             state.setdefault(index_of[name], {})[key] = value
         whole = self.optimizer.state_dict()
         self.optimizer.load_state_dict({"state": state, "param_groups": whole["param_groups"]})
+        if self.stand_ins is not None:
+            self.stand_ins.narrow_states(self.optimizer)
 
     def _names(self) -> list[str]:
         return [name for names in self.group_names for name in names]

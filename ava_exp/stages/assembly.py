@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
-from ava_exp.config.machine import Precision
+from ava_exp.config.machine import DeviceType, Precision
 from ava_exp.config.run import RunConfig
+from ava_exp.config.validate import offload_faults, raise_if_fatal
 from ava_exp.data.loader import BatchLoader, EvaluationLoader
 from ava_exp.data.prepare import PreparedData, prepare_data
 from ava_exp.errors import ConfigError, must_be
@@ -20,6 +21,7 @@ from ava_exp.evaluation.routing import RoutingObserver, choose_probe
 from ava_exp.losses.terms import build_losses
 from ava_exp.models.arithmetic import count_parameters, training_flops
 from ava_exp.models.decoder import Decoder, build_model
+from ava_exp.models.memory import MemoryEstimate, estimate_memory
 from ava_exp.optim.schedules import Schedule
 from ava_exp.optim.update import LossScale, Updater
 from ava_exp.runtime import DTYPES, Runtime
@@ -54,6 +56,31 @@ def build_decoder(config: RunConfig, runtime: Runtime, precision: Precision | No
     )
 
 
+def build_trained_decoder(config: RunConfig, runtime: Runtime) -> Decoder:
+    """Build the model as it is trained. Raises ConfigError where the device cannot do what `training` asks for."""
+    training = config.training
+    raise_if_fatal(offload_faults(DeviceType(runtime.device.type), training.offload_activations))
+    model = build_decoder(config, runtime)
+    model.recompute, model.offload_activations = training.recompute, training.offload_activations
+    if training.compile:
+        model.compile_blocks()
+    return model
+
+
+def predict_memory(config: RunConfig, runtime: Runtime) -> MemoryEstimate:
+    """Return what training on the run's device is expected to take."""
+    return estimate_memory(
+        config.model,
+        config.attention,
+        config.sparsity,
+        precision=runtime.precision,
+        batch_size=runtime.resolution.batch_size,
+        sequence_length=config.data.sequence_length,
+        recompute=config.training.recompute,
+        on_cpu=runtime.device.type == "cpu",
+    )
+
+
 def build_updater(config: RunConfig, runtime: Runtime, model: Decoder) -> Updater:
     """Build optimizer, master weights and loss scale."""
     fp16 = runtime.dtype is torch.float16
@@ -72,6 +99,7 @@ def build_updater(config: RunConfig, runtime: Runtime, model: Decoder) -> Update
         master_weights=runtime.mixed,
         # Squared fp16 gradients vanish below 6e-8: fp16 without masters still keeps its Adam moments in fp32.
         wide_states=runtime.precision is Precision.fp16,
+        stochastic_rounding=settings.stochastic_rounding,
         loss_scale=scale,
     )
 

@@ -16,14 +16,12 @@ from ava_exp.config.run import RunConfig
 from ava_exp.config.stage import PlanConfig
 from ava_exp.errors import EXIT_OK
 from ava_exp.models.arithmetic import (
-    WEIGHT_BYTES,
-    MemoryEstimate,
     ParameterBreakdown,
     count_parameters,
-    estimate_memory,
     forward_flops_per_token,
     training_flops_per_token,
 )
+from ava_exp.models.memory import WEIGHT_BYTES, MemoryEstimate, estimate_memory
 from ava_exp.models.zero import STAGES, ZeroMemory, divide, layer_parameters
 from ava_exp.training.forecast import forecast, tokens_per_second
 

@@ -18,7 +18,7 @@ from ava_exp.errors import EXIT_OK, EXIT_RESUMABLE, CheckpointError, RunFolderEr
 from ava_exp.generation.sampling import sample_tokens
 from ava_exp.models.decoder import Decoder
 from ava_exp.optim.update import Updater
-from ava_exp.runtime import Runtime, open_runtime
+from ava_exp.runtime import Runtime, open_runtime, peak_memory_bytes, reset_peak_memory
 from ava_exp.stages import assembly
 from ava_exp.tracking.folder import RunFolder, new_attempt, newest_attempt
 from ava_exp.tracking.lock import RunLock
@@ -107,7 +107,8 @@ class Pretraining:
         self._describe(runtime)
         total_steps = self._total_steps(runtime, data)
         seed_random_state(self.config.seed)
-        model = assembly.build_decoder(self.config, runtime)
+        reset_peak_memory(runtime.device)
+        model = assembly.build_trained_decoder(self.config, runtime)
         updater = assembly.build_updater(self.config, runtime, model)
         state = self._restore(updater, data)
         tracker = self.config.tracker.build()
@@ -162,7 +163,7 @@ class Pretraining:
 
         def measure() -> float:
             if "seconds_per_step" not in self.resolution:
-                model = assembly.build_decoder(self.config, runtime)
+                model = assembly.build_trained_decoder(self.config, runtime)
                 updater = assembly.build_updater(self.config, runtime, model)
                 trainer = assembly.build_trainer(self.config, runtime, data, 1000, model=model, updater=updater)
                 times = list(measure_seconds_per_step(trainer))
@@ -253,7 +254,7 @@ class Pretraining:
                     metrics.sync()
                 except OSError as error:  # worth less than the checkpoint that follows
                     logger.warning("metrics up to step %d may not survive a loss of power: %s", state.step, error)
-                snapshot = take_snapshot(updater, state, extra, copy=settings.asynchronous)
+                snapshot = take_snapshot(updater, state, extra, copy=settings.asynchronous and state.step < total_steps)
                 saver.save(snapshot, state.evaluations)
 
             trainer = assembly.build_trainer(
@@ -310,6 +311,10 @@ class Pretraining:
                 "seconds": state.elapsed_s,
                 "tokens_per_s": statistics.median(r["tokens_per_s"] for r in steps) if steps else None,
                 "mfu": statistics.median(r["mfu"] for r in steps) if steps and steps[-1]["mfu"] else None,
+                "memory": {
+                    "predicted_bytes": assembly.predict_memory(self.config, runtime).total,
+                    "peak_bytes": peak_memory_bytes(runtime.device),
+                },
                 "data": {
                     "train_documents": statistics_of.train.num_documents,
                     "validation_documents": statistics_of.validation.num_documents,

@@ -183,6 +183,7 @@ def _numbers(run: RunFiles) -> str:
     """The key numbers, those that are known."""
     summary = run.summary
     final, parameters = summary.get("final") or {}, summary.get("parameters") or {}
+    memory = summary.get("memory") or {}
     values = [
         ("loss, nats/token", final.get("loss"), "{:.3f}"),
         ("perplexity", final.get("perplexity"), "{:,.1f}"),
@@ -193,6 +194,8 @@ def _numbers(run: RunFiles) -> str:
         ("time", _given(format_seconds, summary.get("seconds")), "{}"),
         ("tokens/s", summary.get("tokens_per_s"), "{:,.0f}"),
         ("FLOPs use (MFU)", summary.get("mfu"), "{:.1%}"),
+        ("memory at its peak", _given(format_bytes, memory.get("peak_bytes")), "{}"),
+        ("memory predicted", _given(format_bytes, memory.get("predicted_bytes")), "{}"),
     ]
     cards = [
         f"<div><span>{label}</span><b>{form.format(value)}</b></div>\n"

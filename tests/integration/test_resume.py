@@ -32,13 +32,13 @@ def attempts(experiment: Experiment) -> list[str]:
     return [name.removeprefix(names[0]) for name in names]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "mixed_bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16 precision.stochastic_rounding=true", "mixed_bf16"])
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(
     tmp_path: Path, precision: str, accumulation: int, asynchronous: str
 ) -> None:
-    settings = (f"precision={precision}", f"training.gradient_accumulation_steps={accumulation}")
+    settings = (*f"precision={precision}".split(), f"training.gradient_accumulation_steps={accumulation}")
     experiment = Experiment(output_dir=tmp_path, overrides=(*settings, f"checkpoint.asynchronous={asynchronous}"))
     assert experiment.run(stop_at(5)).code == EXIT_RESUMABLE
     assert experiment.run(stop_at(3)).code == EXIT_RESUMABLE
@@ -291,3 +291,11 @@ def test_the_real_command_killed_and_interrupted_ends_like_one_that_was_not(tmp_
 
 def step_reached(metrics: Path) -> int:
     return max((record["step"] for record in read_metrics(metrics)), default=0)
+
+
+@pytest.mark.parametrize("setting", ["training.recompute=full", "training.recompute=selective"])
+def test_recomputation_leaves_every_number_as_it_is(tmp_path: Path, setting: str) -> None:
+    settings = ("precision=fp32", "model.dropout=0.1")
+    experiment = Experiment(output_dir=tmp_path, overrides=(*settings, setting))
+    assert experiment.run(stop_at(5)).code == EXIT_RESUMABLE
+    assert experiment.finish() == uninterrupted(*settings)

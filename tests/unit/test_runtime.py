@@ -15,7 +15,7 @@ from ava_exp.config.folders import option_names
 from ava_exp.config.machine import DeviceType, HardwareConfig, PeakConfig, Precision, PrecisionConfig
 from ava_exp.config.options import read_option
 from ava_exp.errors import ConfigError
-from ava_exp.runtime import open_runtime
+from ava_exp.runtime import open_runtime, peak_memory_bytes, reset_peak_memory
 
 
 @pytest.fixture(autouse=True)
@@ -163,3 +163,18 @@ def test_rates_are_measured_once_and_remembered(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "matrix_product_rates.json").write_text("{")
     runtime.measured_rates(torch.device("cpu"), tmp_path)
     assert len(calls) == 4
+
+
+def test_the_peak_of_memory_is_what_was_resident_since_it_was_reset() -> None:
+    cpu = torch.device("cpu")
+    reset_peak_memory(cpu)
+    before, size = peak_memory_bytes(cpu), 2**27
+    held = torch.ones(size, dtype=torch.uint8)
+    assert size * 0.9 < peak_memory_bytes(cpu) - before < size * 1.5
+    del held
+    assert peak_memory_bytes(cpu) > before + size * 0.9, "a peak stays when it is over"
+
+
+def test_the_peak_of_a_gpu_is_what_torch_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 12345)
+    assert peak_memory_bytes(torch.device("cuda")) == 12345

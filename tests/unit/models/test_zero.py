@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ava_exp.models.arithmetic import MemoryEstimate, ParameterBreakdown, Part
+from ava_exp.models.arithmetic import ParameterBreakdown, Part
+from ava_exp.models.memory import MemoryEstimate
 from ava_exp.models.zero import divide, layer_parameters
 
 WHOLE = MemoryEstimate(weights=200, master_weights=400, gradients=100, optimizer=800, activations=30, logits=7)

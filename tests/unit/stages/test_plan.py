@@ -13,7 +13,8 @@ import pytest
 from ava_exp.config.compose import compose
 from ava_exp.config.machine import Precision
 from ava_exp.errors import EXIT_OK
-from ava_exp.models.arithmetic import count_parameters, estimate_memory
+from ava_exp.models.arithmetic import count_parameters
+from ava_exp.models.memory import estimate_memory
 from ava_exp.stages import plan
 
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from ava_exp.errors import CheckpointError
@@ -27,6 +28,32 @@ from ava_exp.training.checkpoint import (
 def snapshot(step: int) -> Snapshot:
     tensors = {"model": {"a": torch.full((3,), float(step)), "b": torch.arange(4, dtype=torch.bfloat16)}}
     return Snapshot(step=step, tensors=tensors, state={"train": {"step": step, "ratio": 0.1 + 0.2}})
+
+
+@pytest.mark.parametrize("write_bytes", [1, 7, 2**20])
+def test_a_file_is_written_in_parts_as_the_library_writes_it_whole(
+    tmp_path: Path, write_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Formats of every width, a scalar, an empty tensor, and one that is not contiguous."""
+    monkeypatch.setattr("ava_exp.training.checkpoint.WRITE_BYTES", write_bytes)
+    tensors = {
+        "byte": torch.arange(5, dtype=torch.uint8),
+        "transposed": torch.arange(6.0).view(2, 3).t(),
+        "long": torch.tensor([-(2**62), 3]),
+        "scalar": torch.tensor(4.5),
+        "empty": torch.empty(0, 3),
+        "half": torch.tensor([1.5, -2.0]).half(),
+        "brain": torch.tensor([0.1]).bfloat16(),
+        "truth": torch.tensor([True, False]),
+        "int": torch.tensor([7], dtype=torch.int32),
+        "double": torch.tensor([0.1], dtype=torch.float64),
+    }
+    folder = write_checkpoint(tmp_path, Snapshot(step=1, tensors={"model": tensors}))
+    read = read_checkpoint(folder).tensors["model"]
+    whole = safetensors.torch.load(safetensors.torch.save({k: t.contiguous() for k, t in tensors.items()}))
+    for name, tensor in whole.items():
+        assert read[name].dtype == tensor.dtype and torch.equal(read[name], tensor), name
+    assert read.keys() == whole.keys()
 
 
 def test_round_trip_is_exact(tmp_path: Path) -> None:

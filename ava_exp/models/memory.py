@@ -1,0 +1,182 @@
+"""Memory of a training, before it runs: closed forms, without torch. Tests compare them with what autograd keeps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ava_exp.config.machine import Precision
+from ava_exp.config.model import (
+    Activation,
+    AttentionBackend,
+    AttentionConfig,
+    GroupedAttentionConfig,
+    ModelConfig,
+    MoEConfig,
+    Norm,
+    SparsityConfig,
+)
+from ava_exp.config.training import Recompute
+from ava_exp.models.arithmetic import count_parameters, experts_per_token
+
+PROCESS_BYTES = 250_000_000
+"""What Python, torch and this package take in memory before anything is allocated: measured, mostly torch's code."""
+SLICE_VALUES = 2**24
+"""Logits that exist at once: of `losses/cross_entropy.py`, which imports torch; a test holds the two together."""
+PLAIN_LENGTH = 512
+"""Up to here a CPU computes attention by plain products, which keep all scores: of `nn/attention/grouped.py`."""
+ROW_MULTIPLE = 32
+"""To which a CPU fills up each expert's rows: of `nn/moe/dispatch.py`."""
+
+WEIGHT_BYTES = {
+    Precision.fp32: 4,
+    Precision.fp16: 2,
+    Precision.bf16: 2,
+    Precision.mixed_fp16: 2,
+    Precision.mixed_bf16: 2,
+}
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class MemoryEstimate:
+    """Bytes by part while training on one device.
+
+    `logits` is what the loss makes of them at once, with the head's gradient; `snapshot` the copy that a checkpoint is
+    written from while training goes on; `process` what the program itself takes.
+    """
+
+    weights: int
+    master_weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    snapshot: int = 0
+    process: int = 0
+
+    @property
+    def total(self) -> int:
+        training = self.weights + self.master_weights + self.gradients + self.optimizer + self.activations
+        return training + self.logits + self.snapshot + self.process
+
+
+def estimate_memory(
+    model: ModelConfig,
+    attention: AttentionConfig,
+    sparsity: SparsityConfig,
+    *,
+    precision: Precision,
+    batch_size: int,
+    sequence_length: int,
+    recompute: Recompute = Recompute.none,
+    on_cpu: bool = True,
+    copies_state: bool = False,
+) -> MemoryEstimate:
+    """Estimate the peak of training with Adam.
+
+    Weights and states are exact. All parts are added up, although gradients grow while activations shrink: a CPU's
+    allocator hardly gives one's place to the other, and with accumulation they do exist together. `copies_state` is for
+    checkpoints that are written while training goes on; `on_cpu` adds the process itself.
+    """
+    parameters = count_parameters(model, attention, sparsity).total
+    size = WEIGHT_BYTES[precision]
+    mixed = precision in (Precision.mixed_fp16, Precision.mixed_bf16)
+    wide = mixed or precision is Precision.fp16
+    optimizer = 2 * (2 if precision is Precision.bf16 else 4) * parameters
+    kept = _kept_bytes(model, attention, sparsity, size, batch_size, sequence_length, recompute, on_cpu)
+    num_logits = min(SLICE_VALUES, batch_size * sequence_length * model.vocab_size)
+    return MemoryEstimate(
+        weights=size * parameters,
+        master_weights=4 * parameters if wide else 0,
+        # The 16-bit gradients of a backward pass, and the fp32 ones that they are added to.
+        gradients=(size + 4 if wide else size) * parameters,
+        optimizer=optimizer,
+        activations=kept,
+        logits=size * (num_logits + model.vocab_size * model.hidden_size),
+        snapshot=(4 if wide else size) * parameters + optimizer if copies_state else 0,
+        process=PROCESS_BYTES if on_cpu else 0,
+    )
+
+
+def _kept_bytes(
+    model: ModelConfig,
+    attention: AttentionConfig,
+    sparsity: SparsityConfig,
+    size: int,
+    batch_size: int,
+    sequence_length: int,
+    recompute: Recompute,
+    on_cpu: bool,
+) -> int:
+    """Bytes that the forward pass keeps for the backward pass, at the moment when they are most."""
+    tokens = batch_size * sequence_length
+    plain = _attends_by_products(attention, sequence_length, on_cpu)
+    mixing = _mixing_bytes(model, attention, size, sequence_length if plain else 0)
+    rows = _rows_of_experts(sparsity, tokens, on_cpu)
+    block = tokens * (mixing + _norm_bytes(model, size)) + _feed_forward_bytes(model, sparsity, size, tokens, rows)
+    ends = tokens * (_norm_bytes(model, size) + size * model.hidden_size)
+    if recompute is Recompute.none:
+        return model.num_layers * block + ends
+    kept = tokens * size * model.hidden_size
+    if recompute is Recompute.selective:
+        kept += size * _product_values(model, sparsity, tokens, rows)
+    return model.num_layers * kept + block + ends  # one block at a time is whole
+
+
+def _attends_by_products(attention: AttentionConfig, sequence_length: int, on_cpu: bool) -> bool:
+    assert isinstance(attention, GroupedAttentionConfig)
+    automatic = attention.backend is AttentionBackend.auto and on_cpu and sequence_length <= PLAIN_LENGTH
+    return attention.backend is AttentionBackend.plain or automatic
+
+
+def _norm_bytes(model: ModelConfig, size: int) -> int:
+    """A norm's input and output, for one token; RMSNorm keeps its input and its result before the scale in fp32."""
+    return (8 + size if model.norm is Norm.rms else 2 * size) * model.hidden_size
+
+
+def _mixing_bytes(model: ModelConfig, attention: AttentionConfig, size: int, num_scores: int) -> int:
+    """Attention of one token: its norm, queries, keys, values, what it read, and the scores if they are kept."""
+    assert isinstance(attention, GroupedAttentionConfig)
+    assert model.head_dim is not None and model.num_kv_heads is not None
+    query, key_value = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    scores = model.num_heads * num_scores * (3 if attention.attention_dropout > 0 else 1)
+    norms = 8 * (query + key_value) if attention.qk_norm else 0
+    masks = 2 * size * model.hidden_size if model.dropout > 0 else 0
+    # torch's fused product keeps the values as they stand in the one result of all three projections.
+    projected = 0 if num_scores else query + key_value
+    return _norm_bytes(model, size) + size * (2 * query + 2 * key_value + projected + scores) + norms + masks
+
+
+def _rows_of_experts(sparsity: SparsityConfig, tokens: int, on_cpu: bool) -> int:
+    """Rows that the experts compute: assignments, and half a multiple for each expert to fill its group up."""
+    if not isinstance(sparsity, MoEConfig):
+        return tokens
+    return round(experts_per_token(sparsity) * tokens) + (sparsity.num_experts * ROW_MULTIPLE // 2 if on_cpu else 0)
+
+
+def _widths(model: ModelConfig, sparsity: SparsityConfig) -> tuple[int, int]:
+    """Return the width of a feed-forward network, and that of its first product."""
+    assert model.intermediate_size is not None
+    width = model.intermediate_size
+    if isinstance(sparsity, MoEConfig) and sparsity.intermediate_size is not None:
+        width = sparsity.intermediate_size
+    return width, 2 * width if model.activation is Activation.swiglu else width
+
+
+def _feed_forward_bytes(model: ModelConfig, sparsity: SparsityConfig, size: int, tokens: int, rows: int) -> int:
+    """The first product, what the activation makes of it; for experts also inputs and outputs in their own order, and
+    the router's fp32 values."""
+    width, up = _widths(model, sparsity)
+    if not isinstance(sparsity, MoEConfig):
+        return size * rows * (up + width)
+    router = 12 * sparsity.num_experts + (4 * model.hidden_size if size == 2 else 0)
+    return size * rows * (up + width + 2 * model.hidden_size) + round(
+        tokens * (router + 40 * experts_per_token(sparsity))
+    )
+
+
+def _product_values(model: ModelConfig, sparsity: SparsityConfig, tokens: int, rows: int) -> int:
+    """Results of the products with weights, of one block."""
+    assert model.head_dim is not None and model.num_kv_heads is not None
+    heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    _, up = _widths(model, sparsity)
+    return tokens * (heads + model.hidden_size) + rows * (up + model.hidden_size)
