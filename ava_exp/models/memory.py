@@ -24,8 +24,6 @@ SLICE_VALUES = 2**24
 """Logits that exist at once: of `losses/cross_entropy.py`, which imports torch; a test holds the two together."""
 PLAIN_LENGTH = 512
 """Up to here a CPU computes attention by plain products, which keep all scores: of `nn/attention/grouped.py`."""
-ROW_MULTIPLE = 32
-"""To which a CPU fills up each expert's rows: of `nn/moe/dispatch.py`."""
 
 WEIGHT_BYTES = {
     Precision.fp32: 4,
@@ -147,10 +145,11 @@ def _mixing_bytes(model: ModelConfig, attention: AttentionConfig, size: int, num
 
 
 def _rows_of_experts(sparsity: SparsityConfig, tokens: int, on_cpu: bool) -> int:
-    """Rows that the experts compute: assignments, and half a multiple for each expert to fill its group up."""
+    """Rows that the experts compute: visits, and what fills their groups up on a CPU, as `nn/moe/dispatch.py` does."""
     if not isinstance(sparsity, MoEConfig):
         return tokens
-    return round(experts_per_token(sparsity) * tokens) + (sparsity.num_experts * ROW_MULTIPLE // 2 if on_cpu else 0)
+    visits = round(experts_per_token(sparsity) * tokens)
+    return visits + (max(4 * sparsity.num_experts, visits // 45) if on_cpu else 0)
 
 
 def _widths(model: ModelConfig, sparsity: SparsityConfig) -> tuple[int, int]:
@@ -169,9 +168,8 @@ def _feed_forward_bytes(model: ModelConfig, sparsity: SparsityConfig, size: int,
     if not isinstance(sparsity, MoEConfig):
         return size * rows * (up + width)
     router = 12 * sparsity.num_experts + (4 * model.hidden_size if size == 2 else 0)
-    return size * rows * (up + width + 2 * model.hidden_size) + round(
-        tokens * (router + 40 * experts_per_token(sparsity))
-    )
+    visits = round(tokens * experts_per_token(sparsity))
+    return size * rows * (up + width + 2 * model.hidden_size) + tokens * router + 40 * visits
 
 
 def _product_values(model: ModelConfig, sparsity: SparsityConfig, tokens: int, rows: int) -> int:

@@ -102,6 +102,8 @@ def device_memory(config: RunConfig, precision: Precision, *, stage: int, offloa
         precision=precision,
         batch_size=_batch_size(config),
         sequence_length=config.data.sequence_length,
+        recompute=config.training.recompute,
+        on_cpu=config.hardware.device in (DeviceType.auto, DeviceType.cpu),
     )
     return divide(
         whole,

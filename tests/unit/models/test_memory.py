@@ -20,8 +20,8 @@ from ava_exp.config.model import (
     ModelConfig,
     MoEConfig,
     Norm,
-    TopKRouterConfig,
 )
+from ava_exp.config.router import TopKRouterConfig
 from ava_exp.config.training import Recompute
 from ava_exp.models import memory
 from ava_exp.models.arithmetic import count_parameters
@@ -154,4 +154,3 @@ def test_all_parts_are_added_up() -> None:
 def test_its_constants_are_those_of_the_code() -> None:
     assert memory.SLICE_VALUES == ava_exp.losses.cross_entropy.SLICE_VALUES
     assert memory.PLAIN_LENGTH == ava_exp.nn.attention.grouped.PLAIN_LENGTH
-    assert memory.ROW_MULTIPLE == ava_exp.nn.moe.dispatch.ROW_MULTIPLE
