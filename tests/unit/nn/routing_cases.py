@@ -30,6 +30,7 @@ from ava_exp.config.router import (
 from ava_exp.models.decoder import Decoder, build_feed_forward, build_model
 from ava_exp.nn.moe.layer import MoELayer
 from ava_exp.nn.moe.router import Router
+from ava_exp.nn.moe.routing import Routing
 
 DIM, WIDTH, NUM_EXPERTS = 8, 8, 8
 
@@ -52,7 +53,9 @@ OVERFLOWS: tuple[Overflow | None, ...] = (None, *Overflow)
 NOT_CAUSAL_WHILE_TRAINING = {"sinkhorn", "expert_choice"}
 NO_CAPACITY = {"soft", "expert_choice"}
 """Routers for which a capacity has no meaning; a rule of the configuration refuses it."""
+ACTIVATIONS = list(Activation)
 CASES = [(name, overflow) for name in ROUTERS for overflow in OVERFLOWS if not (overflow and name in NO_CAPACITY)]
+ALL_CASES = [(name, overflow, activation) for name, overflow in CASES for activation in ACTIVATIONS]
 
 
 def moe_config(router: str | RouterConfig, overflow: Overflow | None = None, **changes: Any) -> MoEConfig:
@@ -114,8 +117,8 @@ def teach(router: Router) -> None:
 
 
 def build_decoder(router: str | RouterConfig, overflow: Overflow | None = None, **changes: Any) -> Decoder:
-    """Return a decoder at inference, taught."""
-    model = build_model(model_config(**changes), GroupedAttentionConfig(), moe_config(router, overflow))
+    """Return a decoder at inference, taught; `changes` are of its sparsity."""
+    model = build_model(model_config(), GroupedAttentionConfig(), moe_config(router, overflow, **changes))
     for layer in model.moe_layers():
         layer.router.weight.data.mul_(40)
         layer.experts.down.data.mul_(500)
@@ -130,3 +133,15 @@ def some_input(num_sequences: int = 2, length: int = 9, dtype: torch.dtype = tor
 
 def some_ids(batch: int = 2, length: int = 12) -> Tensor:
     return torch.randint(0, 40, (batch, length), generator=torch.Generator().manual_seed(0))
+
+
+def case_id(value: object) -> str:
+    """Name a case of a parametrised test."""
+    return getattr(value, "name", "dropless" if value is None else str(value))
+
+
+def backward(layer: MoELayer, x: Tensor) -> Routing:
+    y, routing = layer(x)
+    direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(9), dtype=y.dtype)
+    (y * direction).sum().backward()
+    return routing  # type: ignore[no-any-return]
