@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from ava_exp.evaluation.routing import ProbeChoices
 from ava_exp.training import history as module
+from ava_exp.training.checkpoint import Snapshot, read_checkpoint, write_checkpoint
 from ava_exp.training.history import DEAD_WINDOW_STEPS, RoutingHistory
 
 
@@ -59,3 +62,14 @@ def test_a_history_comes_back_and_goes_on_the_same() -> None:
         for one in (history, restored):
             one.add([[1, 1, 1], [1, 1]])
     assert restored.recent.maxlen == module.DEAD_WINDOW_STEPS
+
+
+def test_a_checkpoint_can_hold_a_history(tmp_path: Path) -> None:
+    history = RoutingHistory()
+    history.add([[3, 0]])
+    ids = torch.tensor([[0, -1], [2, 1], [1, 1]], dtype=torch.int16)
+    history.choices = ProbeChoices(windows=torch.tensor([4]), num_experts=[3], expert_ids=[ids])
+    folder = write_checkpoint(tmp_path, Snapshot(step=1, tensors={"routing": history.to_tensors()}))
+    restored = RoutingHistory.from_tensors(read_checkpoint(folder).tensors["routing"])
+    assert restored.choices is not None and torch.equal(restored.choices.expert_ids[0], ids)
+    assert restored.dead_experts() == [1]
