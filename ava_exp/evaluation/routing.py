@@ -75,7 +75,7 @@ def churn(expert_ids_Nk: Tensor, before_Nj: Tensor, num_experts: int) -> float:
     """Return the share of N tokens' choices that changed; -1 is no choice, and k may differ from j.
 
     A token with choices A now and B before has max(|A|, |B|) - |A ∩ B| changes of max(|A|, |B|). With as many choices
-    as before this is 1 minus the router saturation of [muennighoff2024olmoe] §4.1, which compares with the end of the
+    as before this is 1 minus the router saturation of [muennighoff2024olmoe] §5.1, which compares with the end of the
     training instead.
     """
     now, then = _visited(expert_ids_Nk, num_experts), _visited(before_Nj, num_experts)
@@ -93,10 +93,10 @@ def _visited(expert_ids_Nk: Tensor, num_experts: int) -> Tensor:
 
 
 def mutual_information(counts_SE: npt.NDArray[np.int64]) -> float:
-    """Return how much a visit's source tells of its expert, 0 to 1: 2 I(S; E) / (H(S) + H(E)) [strehl2002ensembles].
+    """Return how much a visit's source tells of its expert, 0 to 1: 2 I(S; E) / (H(S) + H(E)).
 
-    0 where all sources use the experts alike. Few tokens overstate it, by about (S - 1) (E - 1) / 2 over their number
-    in nats of I.
+    [vinh2010clusterings] table 2, NMI_sum. 0 where all sources use the experts alike. Few visits overstate it, I by
+    about (S - 1) (E - 1) / 2 nats over their number.
     """
     joint = counts_SE / max(1, counts_SE.sum())
     sources, experts = _entropy(joint.sum(axis=1)), _entropy(joint.sum(axis=0))

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ava_exp.tracking.experts import expert_summary
+from ava_exp.tracking.experts import layer_statistics, overall_of, overall_statistics
 from ava_exp.tracking.files import restore_numbers, to_json, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -28,8 +28,8 @@ MAX_PENDING = 10_000
 class MetricsFile:
     """Appends records, each whole at once. While the disk is full they wait in memory, up to `MAX_PENDING`.
 
-    Every record gets the wall-clock `time` at which it was appended, in seconds since 1970; the load of experts, by far
-    its largest part, is rounded. A context manager.
+    Every record gets the wall-clock `time` at which it was appended, in seconds since 1970; the loads of experts, by
+    far its largest part, are rounded. A context manager.
     """
 
     def __init__(self, path: Path) -> None:
@@ -42,8 +42,7 @@ class MetricsFile:
     def append(self, record: Record) -> None:
         """Write one record; a disk that is full costs one warning and is tried again at the next record."""
         record = {**record, "time": round(time.time(), 3)}
-        if "expert_load" in record:
-            record["expert_load"] = [[round(share, LOAD_DECIMALS) for share in load] for load in record["expert_load"]]
+        record |= {name: _rounded(record[name]) for name in ("expert_load", "source_load") if name in record}
         line = to_json(record) + "\n"
         if len(self._pending) == MAX_PENDING:
             self._pending.popleft()
@@ -102,6 +101,10 @@ class MetricsFile:
             logger.warning("Metrics cannot be written (%s: %s); the run goes on.", self.path, error.strerror)
 
 
+def _rounded(shares: Any) -> Any:
+    return [_rounded(share) for share in shares] if isinstance(shares, list) else round(shares, LOAD_DECIMALS)
+
+
 def _open_to_append(path: Path) -> int:
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
 
@@ -151,15 +154,19 @@ def metric_group(record: Record) -> str:
 
 
 def metric_values(record: Record) -> dict[str, float]:
-    """Return a record's numbers by tracker name: `train/loss`, `eval/bits_per_byte`, `experts/layer_0/gini`."""
+    """Return a record's numbers by tracker name: `train/loss`, `experts/layer_0/gini`, `eval/experts/overall/churn`."""
     group = metric_group(record)
     values = {
         f"{group}/{name}": float(value)
         for name, value in record.items()
         if name not in NOT_METRICS and isinstance(value, int | float)
     }
-    for layer, load in enumerate(record.get("expert_load") or ()):
-        values |= {f"experts/layer_{layer}/{name}": value for name, value in expert_summary(load).items()}
+    if layers := layer_statistics(record):
+        prefix = "experts" if group == "train" else f"{group}/experts"
+        named = {f"layer_{number}": layer for number, layer in enumerate(layers)} | {
+            "overall": overall_statistics(layers)
+        }
+        values |= {f"{prefix}/{place}/{name}": value for place, layer in named.items() for name, value in layer.items()}
     return values
 
 
@@ -174,13 +181,21 @@ def describe_step(record: Record, total_steps: int) -> str:
     ]
     if record.get("mfu") is not None:
         parts.append(f"MFU {record['mfu']:.1%}")
-    return "  ".join(parts)
+    return "  ".join(parts + describe_routers(record))
+
+
+def describe_routers(record: Record) -> list[str]:
+    """Say what there is to worry about in a `train` record's routers: what was dropped, and who is dead."""
+    dropped, dead = overall_of(record, "dropped_share"), overall_of(record, "dead_experts")
+    words = [f"dropped {dropped:.1%}"] if dropped else []
+    return [*words, f"dead experts {dead:.0f}"] if dead else words
 
 
 def describe_evaluation(record: Record) -> str:
     """Say an `eval` record in one line."""
     name = "final evaluation" if record.get("final") else f"evaluated at step {record['step']:,}"
+    churn = overall_of(record, "churn")
     return (
         f"{name}: {record['bits_per_byte']:.3f} bits per byte, loss {record['loss']:.3f}, "
-        f"{record['token_accuracy']:.1%} right"
+        f"{record['token_accuracy']:.1%} right" + (f", churn {churn:.1%}" if churn is not None else "")
     )

@@ -20,7 +20,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from ava_exp.tracking.experts import expert_summary, relative_load
+from ava_exp.tracking.experts import expert_summary, overall_of, relative_load
 from ava_exp.tracking.metrics import Record, describe_evaluation, describe_step
 from ava_exp.tracking.text import Curve, block, evenly, format_bytes, format_count, format_seconds, resample, sparkline
 
@@ -163,7 +163,7 @@ class PanelView(View):
         if self.train:
             parts += [Text(), self._progress(), Text(), self._numbers()]
             if self.train.get("expert_load"):
-                parts += [Text(), self._experts()]
+                parts += [Text(), self._experts(), self._routers()]
         else:
             parts.append(Text("waiting for the first step …", style="dim"))
         if self._events:
@@ -219,11 +219,24 @@ class PanelView(View):
         layers: list[Sequence[float]] = self.train["expert_load"]
         grid = Table.grid(padding=(0, 2))
         grid.add_row(Text("expert load", style="dim"), "", Text("largest ÷ mean", style="dim"))
-        room = max(2, min(12, self.console.height - 16 - len(self.title_lines)))
+        room = max(2, min(12, self.console.height - 17 - len(self.title_lines)))
         for layer in evenly(len(layers), room):
             imbalance = f"{expert_summary(layers[layer])['imbalance']:.2f}"
             grid.add_row(Text(f"layer {layer}", style="dim"), _expert_blocks(layers[layer]), imbalance)
         return grid
+
+    def _routers(self) -> Text:
+        """Return dead experts, dropped visits where there are any, and churn once two evaluations could be compared."""
+        dead, dropped = overall_of(self.train, "dead_experts"), overall_of(self.train, "dropped_share")
+        churn, text = overall_of(self.evaluation, "churn"), Text(no_wrap=True)
+        for name, value, style in (
+            ("dead experts", None if dead is None else f"{dead:.0f}", "bold red" if dead else "bold"),
+            ("dropped visits", f"{dropped:.1%}" if dropped else None, "bold"),
+            ("churn", None if churn is None else f"{churn:.1%} at step {self.evaluation['step']:,}", "bold"),
+        ):
+            if value is not None:
+                text.append(f"{name} ", "dim").append(f"{value}   ", style)
+        return text
 
 
 def _expert_blocks(shares: Sequence[float]) -> Text:

@@ -25,8 +25,8 @@ def fake_records(
     for step in range(1, num_steps + 1):
         yield _train_record(generator, step, num_steps, num_layers, num_experts)
         if step % max(1, num_steps // 10) == 0:
-            yield _evaluation_record(generator, step, num_steps, final=False)
-    yield _evaluation_record(generator, num_steps, num_steps, final=True)
+            yield _evaluation_record(generator, step, num_steps, num_layers, num_experts, final=False)
+    yield _evaluation_record(generator, num_steps, num_steps, num_layers, num_experts, final=True)
 
 
 def _loss(step: int, num_steps: int) -> float:
@@ -55,6 +55,9 @@ def _train_record(
         record["load_balancing_loss"] = 1.0 + 0.4 * math.exp(-step / 30)
         record["router_z_loss"] = 2.0 + generator.random()
         record["expert_load"] = [_load(generator, step / num_steps, layer, num_experts) for layer in range(num_layers)]
+        record["visits_per_token"] = [2.0 - 0.1 * layer for layer in range(num_layers)]
+        record["dropped_share"] = [0.1 * math.exp(-step / 30) * layer for layer in range(num_layers)]
+        record["dead_experts"] = [int(layer == 1 and step > 20) for layer in range(num_layers)]
     return record
 
 
@@ -66,9 +69,14 @@ def _load(generator: random.Random, progress: float, layer: int, num_experts: in
     return [weight / sum(weights) for weight in weights]
 
 
-def _evaluation_record(generator: random.Random, step: int, num_steps: int, final: bool) -> dict[str, Any]:
+SOURCES = ["single modules", "encodings", "idlelib", "costs $5 & $6 <b>", "other"]
+
+
+def _evaluation_record(
+    generator: random.Random, step: int, num_steps: int, num_layers: int, num_experts: int, final: bool
+) -> dict[str, Any]:
     loss = _loss(step, num_steps) + 0.1 + generator.gauss(0, 0.02)
-    return {
+    record = {
         "kind": "eval",
         "step": step,
         "loss": loss,
@@ -79,6 +87,20 @@ def _evaluation_record(generator: random.Random, step: int, num_steps: int, fina
         "seconds": 4.2,
         "final": final,
     }
+    if num_experts:
+        progress = step / num_steps
+        by_source = [
+            [_load(generator, progress, layer + source, num_experts) for source in range(len(SOURCES))]
+            for layer in range(num_layers)
+        ]
+        record["expert_load"] = [
+            [sum(loads) / len(SOURCES) for loads in zip(*layer, strict=True)] for layer in by_source
+        ]
+        record["token_entropy"] = [1.5 - progress] * num_layers
+        record |= {"sources": SOURCES, "source_load": by_source, "source_information": [0.05] * num_layers}
+        if step > max(1, num_steps // 10):
+            record["churn"] = [0.3 * (1 - progress) + 0.01 * layer for layer in range(num_layers)]
+    return record
 
 
 def write_fake_run(

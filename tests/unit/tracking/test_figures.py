@@ -13,13 +13,14 @@ import pytest
 from matplotlib.image import imread
 
 from ava_exp.errors import RunFolderError
-from ava_exp.tracking import figures
-from ava_exp.tracking.figures import read_history, write_figures
+from ava_exp.tracking import figures, plotting, router_figures
+from ava_exp.tracking.figures import write_figures
 from ava_exp.tracking.folder import RunFolder
 from ava_exp.tracking.metrics import MetricsFile
+from ava_exp.tracking.plotting import read_history
 
 Records = Callable[..., Iterator[dict[str, Any]]]
-ALL = ["loss", "bits_per_byte", "optimisation", "throughput", "experts", "balance"]
+ALL = ["loss", "bits_per_byte", "optimisation", "throughput", "experts", "balance", "specialisation"]
 
 
 def test_a_mixture_of_experts_has_every_figure(run_folder: RunFolder) -> None:
@@ -27,7 +28,7 @@ def test_a_mixture_of_experts_has_every_figure(run_folder: RunFolder) -> None:
     assert [path.name for path in paths] == [f"{name}.png" for name in ALL]
     for path in paths:
         picture = imread(path)
-        assert picture.shape[1] == round(figures.WIDTH * 180)
+        assert picture.shape[1] == round(plotting.WIDTH * 180)
         assert picture[..., :3].std() > 0.03, f"{path.name} is blank"
 
 
@@ -64,17 +65,58 @@ def test_the_compressors_stand_beside_the_model(run_folder: RunFolder) -> None:
 
 def test_experts_are_drawn_by_layer_and_time(run_folder: RunFolder) -> None:
     history = read_history(run_folder)
-    axes = [axis for axis in figures.draw_experts(history).axes if axis.images]
+    axes = [axis for axis in router_figures.draw_experts(history).axes if axis.images]
     assert [axis.get_title() or axis.get_title(loc="left") for axis in axes] == [f"layer {layer}" for layer in range(4)]
     picture = np.asarray(axes[2].images[0].get_array())
     expected = np.array([record["expert_load"][2] for record in history.routed]).T * 8
     np.testing.assert_allclose(picture, expected)
 
 
+@pytest.mark.filterwarnings("error")
+def test_layers_of_different_sizes_that_change_on_the_way(tmp_path: Path, fake_records: Records) -> None:
+    folder = RunFolder(tmp_path).create()
+    with MetricsFile(folder.metrics) as metrics:
+        for record in fake_records(20, num_layers=3):
+            load = record["expert_load"]
+            record["expert_load"] = [load[0], load[1][:4], load[2][:5] if record["step"] < 10 else load[2]]
+            if "source_load" in record:
+                loads = record["source_load"]
+                record["source_load"] = [loads[0], [row[:4] for row in loads[1]], loads[2]]
+                record["churn"] = [0.5, 0.25, None]
+            metrics.append(record)
+    assert len(write_figures(folder)) == len(ALL)
+    history = read_history(folder)
+    axes = [axis for axis in router_figures.draw_experts(history).axes if axis.images]
+    pictures = [np.ma.filled(np.ma.asarray(axis.images[0].get_array()), np.nan) for axis in axes]
+    assert [picture.shape for picture in pictures] == [(8, 20), (4, 20), (8, 20)]
+    grown = np.isfinite(pictures[2])
+    assert grown[:5].all() and grown[5:, 9:].all() and not grown[5:, :9].any()
+
+
+def test_specialisation_is_relative_to_all_text() -> None:
+    nan = math.nan
+    ratios = router_figures._ratios([[0.5, 0.5, 0.0], [0.0, 0.0, 0.0]], [0.25, 0.75, 0.0])
+    np.testing.assert_allclose(ratios, [[2.0, 2 / 3, nan], [nan, nan, nan]])
+
+
+def test_balance_has_panels_for_what_happened(tmp_path: Path, fake_records: Records) -> None:
+    def labels(*left_out: str) -> list[str]:
+        folder = RunFolder(tmp_path / ("-".join(left_out) or "all")).create()
+        with MetricsFile(folder.metrics) as metrics:
+            for record in fake_records(30):
+                metrics.append({name: value for name, value in record.items() if name not in left_out})
+        return [axis.get_ylabel().split("\n")[0] for axis in router_figures.draw_balance(read_history(folder)).axes]
+
+    always = ["Gini coefficient", "routing entropy"]
+    assert labels() == [*always, "dropped visits", "dead experts", "churn since the"]
+    assert labels("dropped_share", "churn") == [*always, "dead experts"]
+    assert labels("dropped_share", "churn", "dead_experts") == always
+
+
 def test_the_average_keeps_a_constant_and_leaves_gaps_out() -> None:
     values = np.full(500, 3.0)
     values[100:103] = math.nan
-    np.testing.assert_allclose(figures._smooth(values), 3.0)
+    np.testing.assert_allclose(plotting.smooth(values), 3.0)
 
 
 def test_the_style_does_not_leak(run_folder: RunFolder) -> None:

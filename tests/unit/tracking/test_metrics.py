@@ -57,6 +57,22 @@ def test_the_load_of_experts_is_rounded_without_touching_the_callers_record(tmp_
     assert record == {"kind": "train", "step": 1, "expert_load": [[1 / 3, 2 / 3]]}
 
 
+def test_an_evaluation_that_the_checkpoint_does_not_know_is_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with MetricsFile(path) as file:
+        for step in (1, 2):
+            file.append({"kind": "train", "step": step})
+            file.append({"kind": "eval", "step": step})
+        file.cut_back(2, {1, 2})
+        assert len(read_metrics(path)) == 4
+        file.cut_back(2, {1})
+    assert [(record["kind"], record["step"]) for record in read_metrics(path)] == [
+        ("train", 1),
+        ("eval", 1),
+        ("train", 2),
+    ]
+
+
 def test_cutting_back_drops_later_steps_and_a_torn_line_and_appending_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     _append(path, 1, 2, 3, 4, 5)
@@ -114,19 +130,30 @@ def test_what_waits_in_memory_is_bounded_and_the_loss_is_told(
 
 def test_names_for_trackers() -> None:
     train = {"kind": "train", "step": 3, "time": 1.0, "loss": 2.0, "mfu": None, "skipped": True, "sample_crc32": 7}
-    assert metric_values({**train, "expert_load": [[0.5, 0.5]]}) == pytest.approx(
-        {
-            "train/loss": 2.0,
-            "train/skipped": 1.0,
-            "experts/layer_0/mean_utilization": 0.5,
-            "experts/layer_0/std_utilization": 0.0,
-            "experts/layer_0/min_utilization": 0.5,
-            "experts/layer_0/max_utilization": 0.5,
-            "experts/layer_0/gini": 0.0,
-            "experts/layer_0/routing_entropy": math.log(2),
-            "experts/layer_0/imbalance": 1.0,
-        }
-    )
+    layer = {
+        "mean_utilization": 0.5,
+        "std_utilization": 0.0,
+        "min_utilization": 0.5,
+        "max_utilization": 0.5,
+        "gini": 0.0,
+        "routing_entropy": math.log(2),
+        "imbalance": 1.0,
+        "dead_experts": 3.0,
+    }
+    experts = {f"experts/{place}/{name}": value for place in ("layer_0", "overall") for name, value in layer.items()}
+    routed = {**train, "expert_load": [[0.5, 0.5]], "dead_experts": [3]}
+    assert metric_values(routed) == pytest.approx({"train/loss": 2.0, "train/skipped": 1.0, **experts})
     evaluation = {"kind": "eval", "step": 3, "bits_per_byte": 1.5, "final": False}
     assert metric_values(evaluation) == {"eval/bits_per_byte": 1.5}
     assert metric_values({**evaluation, "final": True}) == {"final/bits_per_byte": 1.5}
+    observed = {
+        **evaluation,
+        "expert_load": [[0.5, 0.5], [1.0, 0.0, 0.0]],
+        "churn": [None, 0.25],
+        "sources": ["a", "b"],
+    }
+    values = metric_values(observed)
+    assert values["eval/experts/layer_1/churn"] == values["eval/experts/overall/churn"] == 0.25
+    assert "eval/experts/layer_0/churn" not in values
+    assert values["eval/experts/layer_1/gini"] == pytest.approx(2 / 3)
+    assert "final/experts/layer_0/gini" in metric_values({**observed, "final": True})

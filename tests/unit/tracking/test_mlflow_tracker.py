@@ -102,7 +102,7 @@ def test_requests_stay_within_mlflows_limit_and_a_loss_comes_after_the_rest_of_i
         for record in [*fake_records(30), *fake_records(1, num_layers=150)]:
             metrics.append({**record, "step": record["step"] + 100 * (len(record.get("expert_load", "")) == 150)})
     Destination(cast("MlflowClient", client), order).send_new()
-    assert max(map(len, client.batches)) == MAX_METRICS and len(client.batches) < 6
+    assert max(map(len, client.batches)) == MAX_METRICS and len(client.batches) < 12
     sent = [metric for batch in client.batches for metric in batch]
     assert len(set(sent)) == len(sent)
     for step in (*range(1, 31), 101):

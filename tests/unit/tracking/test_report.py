@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ava_exp.tracking.folder import RunFolder
+from ava_exp.tracking.metrics import MetricsFile, read_metrics
 from ava_exp.tracking.report import write_report
 
 WriteRun = Callable[..., RunFolder]
@@ -52,7 +53,7 @@ def test_the_page_needs_nothing_but_itself(run_folder: RunFolder) -> None:
     page = Page(html)
     assert not page.tags & {"script", "iframe", "object", "embed", "form", "base"}
     assert all(address.startswith("data:") for address in page.addresses)
-    assert sum(address.startswith("data:image/png;base64,iVBOR") for address in page.addresses) == 6
+    assert sum(address.startswith("data:image/png;base64,iVBOR") for address in page.addresses) == 7
     assert not re.search(r"url\(|@import|https?:", html)
 
 
@@ -64,6 +65,23 @@ def test_it_tells_what_the_run_reached(run_folder: RunFolder) -> None:
     assert "66.1M" in text and "23.5M" in text and "492k" in text and "2 min 48 s" in text
     assert "stdlib" in text and "byte-level BPE" in text and "Example CPU" in text and "2.13.0" in text
     assert "Experts at step 120" in text
+
+
+def test_the_experts_are_told_by_layer(tmp_path: Path, write_fake_run: WriteRun) -> None:
+    folder = write_fake_run(tmp_path / "run", num_steps=40)
+    text = re.sub(r"\s+", " ", _page(folder).text)
+    assert "entropyGinivisits per tokendroppeddeadentropy of a token, natschurnNMI with source" in text
+    unknown = ("churn", "sources", "source_load", "source_information", "dropped_share")
+    bare = [
+        {name: value for name, value in record.items() if name not in unknown}
+        for record in read_metrics(folder.metrics)
+    ]
+    folder.metrics.unlink()
+    with MetricsFile(folder.metrics) as metrics:
+        for record in bare:
+            metrics.append(record)
+    text = _page(folder).text
+    assert "NMI with source" not in text and "visits per token" in text
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,29 @@ def test_a_dense_model_whose_numbers_are_lost_has_a_panel(fake_records: Records)
     assert "nan" in screen and "no peak known" in screen and "expert" not in screen
 
 
+def test_the_panel_tells_what_is_wrong_with_routers(fake_records: Records) -> None:
+    console = _terminal()
+    with open_view(40, ["run"], console) as view:
+        for record in fake_records(40):
+            view.update(record)
+    screen = _final_screen(console)
+    assert "dead experts 1 " in screen and "churn 1.5% at step 40" in screen
+    assert re.search(r"dropped visits \d\.\d%", screen)
+
+
+def test_plain_lines_tell_what_is_wrong_with_routers(fake_records: Records) -> None:
+    console = Console(file=io.StringIO(), width=200)
+    with open_view(40, ["run"], console) as view:
+        for record in fake_records(40):
+            view.update(record)
+    lines = _written(console).splitlines()
+    last = next(line for line in lines if "step 40/40" in line)
+    assert last.endswith("dead experts 1") and "  dropped " in last
+    first = next(line for line in lines if "step  1/40" in line)
+    assert "dead experts" not in first
+    assert "churn 1.5%" in lines[-1] and "churn" not in next(line for line in lines if "evaluated at step 4:" in line)
+
+
 def test_a_skipped_step_is_told(fake_records: Records) -> None:
     console = _terminal()
     with open_view(3, ["run"], console) as view:
