@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ava_exp.config.model import Norm
@@ -23,10 +22,10 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (…, D) to (…, D); computed in fp32 or wider."""
-        if x.device.type != "cpu":
-            return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
-        y: Tensor = _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
-        return y
+        if x.device.type == "cpu":
+            y: Tensor = _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
+            return y
+        return super().forward(x)
 
 
 class _RMSNorm(torch.autograd.Function):
