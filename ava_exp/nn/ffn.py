@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from ava_exp.config.model import Activation
 
+BLOCK_ROWS = 256
+
 
 def num_up_rows(activation: Activation, intermediate_size: int) -> int:
     """Rows of the first projection: SwiGLU's gate and value stand above one another in one matrix."""
@@ -26,23 +28,33 @@ def activate(h: Tensor, activation: Activation) -> Tensor:
 
 class _SwiGLU(torch.autograd.Function):
     """silu(gate) · value. Its backward writes both gradients into one buffer and keeps the input only,
-    where autograd would keep three tensors and join the halves by a copy."""
+    where autograd would keep three tensors and join the halves by a copy. On a CPU it goes block by block."""
 
     @staticmethod
     def forward(ctx: Any, h: Tensor) -> Tensor:
         ctx.save_for_backward(h)
-        gate, value = h.chunk(2, dim=-1)
-        return F.silu(gate).mul_(value)
+        y = torch.empty(*h.shape[:-1], h.shape[-1] // 2, dtype=h.dtype, device=h.device)
+        for h_block, y_block in zip(_blocks(h), _blocks(y), strict=True):
+            gate, value = h_block.chunk(2, dim=-1)
+            torch.ops.aten.silu(gate, out=y_block).mul_(value)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (h,) = ctx.saved_tensors
-        gate, value = h.chunk(2, dim=-1)
-        grad_h = torch.empty_like(h)
-        grad_gate, grad_value = grad_h.chunk(2, dim=-1)
-        torch.mul(grad, F.silu(gate), out=grad_value)
-        torch.ops.aten.silu_backward(grad * value, gate, grad_input=grad_gate)
+        grad_h = torch.empty(h.shape, dtype=h.dtype, device=h.device)
+        for h_block, grad_block, out in zip(_blocks(h), _blocks(grad), _blocks(grad_h), strict=True):
+            gate, value = h_block.chunk(2, dim=-1)
+            grad_gate, grad_value = out.chunk(2, dim=-1)
+            torch.mul(grad_block, F.silu(gate), out=grad_value)
+            torch.ops.aten.silu_backward(grad_block * value, gate, grad_input=grad_gate)
         return grad_h
+
+
+def _blocks(x: Tensor) -> tuple[Tensor, ...]:
+    """Cut the rows so that on a CPU what one operation writes is still in the cache when the next one reads it."""
+    rows = x.reshape(-1, x.shape[-1])
+    return torch.split(rows, BLOCK_ROWS) if x.device.type == "cpu" else (rows,)
 
 
 class FeedForward(nn.Module):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ava_exp.config.model import AttentionBackend
 from ava_exp.nn.attention.context import AttentionContext
+from ava_exp.nn.norm import RMSNorm
 from ava_exp.nn.rope import apply_rope
 
 PLAIN_LENGTH = 512
@@ -37,8 +38,8 @@ class GroupedAttention(nn.Module):
         self.attention_dropout, self.backend, self.layer = attention_dropout, backend, layer
         self.query_key_value = nn.Linear(dim, (num_heads + 2 * num_kv_heads) * head_dim, bias=bias)
         self.output = nn.Linear(num_heads * head_dim, dim, bias=bias)
-        self.query_norm = nn.RMSNorm(head_dim, eps=norm_epsilon) if qk_norm else nn.Identity()
-        self.key_norm = nn.RMSNorm(head_dim, eps=norm_epsilon) if qk_norm else nn.Identity()
+        self.query_norm = RMSNorm(head_dim, eps=norm_epsilon) if qk_norm else nn.Identity()
+        self.key_norm = RMSNorm(head_dim, eps=norm_epsilon) if qk_norm else nn.Identity()
 
     def forward(self, x_BTD: Tensor, context: AttentionContext) -> Tensor:
         """Mix positions causally; (B, T, D) to (B, T, D). With a cache, T new positions see all that it holds."""

@@ -218,10 +218,10 @@ def test_dropout_is_seeded_unbiased_and_off_at_evaluation(
 
     assert torch.equal(output(0), output(0))
     assert not torch.equal(output(0), output(1))
-    mean = torch.stack([output(seed) for seed in range(400)]).mean(dim=0)
+    mean = torch.stack([output(seed) for seed in range(100)]).mean(dim=0)
     experts.eval()
     assert torch.equal(output(0), output(1))
-    assert (mean - output(0)).norm() <= 0.05 * output(0).norm()  # a bias of 1 / (1 - 0.25) would be 0.33
+    assert (mean - output(0)).norm() <= 0.1 * output(0).norm()  # a bias of 1 / (1 - 0.25) would be 0.33
 
 
 def test_each_expert_drops_its_own_activations() -> None:
