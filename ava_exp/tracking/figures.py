@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,7 +203,7 @@ def draw_throughput(history: History) -> Figure:
 def draw_experts(history: History) -> Figure:
     """Share of tokens by expert and time, one panel a layer, in units of the balanced share."""
     steps = [record["step"] for record in history.routed]
-    loads = np.array([[relative_load(layer) for layer in record["expert_load"]] for record in history.routed])
+    loads = _padded([[relative_load(layer) for layer in record["expert_load"]] for record in history.routed])
     layers = evenly(loads.shape[1], MAX_LAYERS)
     rows, columns = -(-len(layers) // 2), min(2, len(layers))
     figure = Figure(figsize=(WIDTH, 1.1 + 1.3 * rows), layout="constrained")
@@ -227,6 +228,12 @@ def draw_experts(history: History) -> Figure:
     figure.supxlabel("step", fontsize=9.5, color=STYLE["axes.labelcolor"])
     figure.colorbar(image, ax=axes, label="× balanced share", pad=0.02)
     return figure
+
+
+def _padded(loads: list[list[list[float]]]) -> np.ndarray:
+    """Return an array of loads (steps, layers, experts), with gaps where surgery has changed how many there are."""
+    most = max(len(layer) for step in loads for layer in step)
+    return np.array([[[*layer, *[math.nan] * (most - len(layer))] for layer in step] for step in loads])
 
 
 def _columns(loads: np.ndarray) -> np.ndarray:
