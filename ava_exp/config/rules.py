@@ -149,6 +149,10 @@ BOUNDS = (
             "checkpoint.save_total_limit",
             "stage.temperature",
             "stage.top_k",
+            "stage.layer",
+            "stage.expert",
+            "stage.other",
+            "stage.noise",
         ),
     ),
     Bound(

@@ -69,14 +69,10 @@ class SurgeryOperation:
 
 
 def faults_of(operation: SurgeryOperation) -> Iterator[tuple[str, str, object]]:
-    """Yield (field, what it must be, what it is) for what can be known without a model."""
+    """Yield (field, what it must be, what it is) for what can be known without a model, and is no plain bound."""
     kind = operation.operation
     if kind is None:
         yield "operation", "one of " + ", ".join(f"`{member.name}`" for member in SurgeryKind), None
-    for name in ("layer", "expert", "other", "noise", "value"):
-        value = getattr(operation, name)
-        if value is not None and value < 0:
-            yield name, "0 or more", value
     if kind is SurgeryKind.merge_experts:
         for name in ("expert", "other"):
             if getattr(operation, name) is None:
@@ -87,7 +83,9 @@ def faults_of(operation: SurgeryOperation) -> Iterator[tuple[str, str, object]]:
         return
     if operation.value is None:
         yield "value", f"given: `{kind.name}` sets it", None
-    elif kind is SurgeryKind.enable_expert_dropout and operation.value >= 1:
+    elif kind is SurgeryKind.enable_expert_dropout and not 0 <= operation.value < 1:
         yield "value", "at least 0 and below 1, a probability", operation.value
-    elif kind in (SurgeryKind.adjust_capacity_factor, SurgeryKind.adjust_routing_temperature) and operation.value == 0:
+    elif kind in (SurgeryKind.adjust_capacity_factor, SurgeryKind.adjust_routing_temperature) and operation.value <= 0:
         yield "value", "above 0", operation.value
+    elif operation.value < 0:
+        yield "value", "0 or more", operation.value

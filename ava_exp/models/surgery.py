@@ -132,6 +132,8 @@ class Surgeon:
         """
         for name, expected, value in faults_of(operation):
             raise ConfigError(must_be(name, expected, value))
+        if operation.noise < 0:
+            raise ConfigError(must_be("noise", "0 or more", operation.noise))
         assert operation.operation is not None and batches
         chosen = self._layers(operation.layer)
         device = device or torch.device("cpu")
