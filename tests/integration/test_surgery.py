@@ -87,7 +87,7 @@ def test_what_cannot_be_is_one_line_and_leaves_no_folder(operated: tuple[Experim
     experiment, folder = operated
     for settings, sentence in (
         (["operation=prune_expert", "layer=7"], "`layer` must be one with experts (0, 1), but is 7 instead."),
-        (["operation=adjust_routing_temperature"], "`stage.value` must be given"),
+        (["operation=adjust_routing_temperature"], "`value` must be given"),
     ):
         also = ["stage=surgery", "stage.run=latest", *(f"stage.{setting}" for setting in settings)]
         ended = experiment.run(also=also)
