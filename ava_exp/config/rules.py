@@ -22,6 +22,8 @@ from ava_exp.config.router import (
     balanced_divisor,
 )
 from ava_exp.config.run import RunConfig
+from ava_exp.config.stage import SurgeryConfig
+from ava_exp.config.surgery import faults_of
 from ava_exp.config.training import AdamWConfig, Recompute, WSDConfig
 
 SPECIAL_TOKENS = 8
@@ -147,6 +149,10 @@ BOUNDS = (
             "checkpoint.save_total_limit",
             "stage.temperature",
             "stage.top_k",
+            "stage.layer",
+            "stage.expert",
+            "stage.other",
+            "stage.noise",
         ),
     ),
     Bound(
@@ -307,6 +313,12 @@ def _betas_are_two_ratios(config: RunConfig) -> Iterator[Fault]:
         yield error("optimizer.betas", "two numbers, each at least 0 and below 1", betas)
 
 
+def _surgery_is_whole(config: RunConfig) -> Iterator[Fault]:
+    if isinstance(config.stage, SurgeryConfig):
+        for name, expected, value in faults_of(config.stage):
+            yield error(f"stage.{name}", expected, value)
+
+
 def _schedule_fits(config: RunConfig) -> Iterator[Fault]:
     schedule, steps = config.schedule, config.budget.steps
     if schedule.warmup_steps is not None and schedule.warmup_tokens is not None:
@@ -352,6 +364,7 @@ RULES: tuple[Rule, ...] = (
     _sequence_fits_positions,
     _vocabulary_holds_the_tokens,
     _betas_are_two_ratios,
+    _surgery_is_whole,
     _schedule_fits,
     _budget_is_usual,
     _only_bf16_rounds_stochastically,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ava_exp.config.base import ComponentConfig
+from ava_exp.config.surgery import SurgeryOperation
 
 
 @dataclass(kw_only=True, slots=True)
@@ -76,3 +77,18 @@ class GenerateConfig(StageConfig):
     """0 keeps the whole vocabulary."""
     top_p: float = 0.9
     generation_seed: int = 0
+
+
+@dataclass(kw_only=True, slots=True)
+class SurgeryConfig(SurgeryOperation, StageConfig):
+    """Change the experts of a trained run, and write what comes of it as a run of its own to go on from.
+
+    `run` null is the run that this command line trains; `max_tokens` are those of the validation split on which the
+    loss is measured before and after.
+    """
+
+    builds: ClassVar[str] = "ava_exp.stages.surgery:run"
+    name: ClassVar[str] = "surgery"
+
+    run: str | None = None
+    max_tokens: int | None = 50_000

@@ -16,6 +16,7 @@ SCHEMAS: dict[str, Any] = {
     "stage/pretrain": stage.PretrainConfig,
     "stage/evaluate": stage.EvaluateConfig,
     "stage/generate": stage.GenerateConfig,
+    "stage/surgery": stage.SurgeryConfig,
     "model": model.ModelConfig,
     "attention/grouped": model.GroupedAttentionConfig,
     "sparsity/dense": model.DenseConfig,

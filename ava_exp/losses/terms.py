@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -12,10 +12,13 @@ from torch import Tensor
 from ava_exp.config.model import MoEConfig, SparsityConfig
 from ava_exp.config.router import BalanceScope
 from ava_exp.data.loader import IGNORED
+from ava_exp.errors import ConfigError
 from ava_exp.losses.balance import absolute_deviation_loss, load_balancing_loss
 from ava_exp.losses.cross_entropy import linear_cross_entropy
 from ava_exp.nn.moe.routing import Routing
 from ava_exp.nn.output import ModelOutput
+
+BALANCE = "load_balancing_loss"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -69,14 +72,18 @@ class RouterLoss:
     measure: Callable[[Routing, Tensor], Tensor]
     weight_end: float | None = None
 
+    @property
+    def is_minimised(self) -> bool:
+        """Whether it ever has a weight."""
+        return bool(self.weight or self.weight_end)
+
     def weight_at(self, progress: float) -> float:
         end = self.weight if self.weight_end is None else self.weight_end
         return self.weight + (end - self.weight) * progress
 
     def __call__(self, output: ModelOutput, labels_BT: Tensor, context: StepContext) -> Tensor:
         share = int((labels_BT != IGNORED).sum()) / context.num_tokens
-        watched = self.weight == 0 and not self.weight_end
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not watched):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.is_minimised):
             layers = zip(output.routings, context.chosen_counts, strict=True)
             return torch.stack([self.measure(routing, counts) for routing, counts in layers]).mean() * share
 
@@ -87,16 +94,31 @@ def build_losses(sparsity: SparsityConfig) -> list[LossTerm]:
     if isinstance(sparsity, MoEConfig):
         router = sparsity.router
         for name, weight in router.losses().items():
-            end = router.load_balancing_weight_end if name == "load_balancing_loss" else None
+            end = router.load_balancing_weight_end if name == BALANCE else None
             terms.append(RouterLoss(name, weight, _measure(name, router.balance_over), end))
     return terms
+
+
+def require_balance_loss(terms: Sequence[LossTerm]) -> None:
+    """Raise ConfigError where no balance loss has a weight that a factor could change."""
+    if not any(isinstance(term, RouterLoss) and term.name == BALANCE and term.is_minimised for term in terms):
+        raise ConfigError(
+            "the balance loss has a weight of 0, which no factor changes. "
+            "Train on with a `sparsity.router.load_balancing_weight` above 0."
+        )
 
 
 def _measure(name: str, scope: BalanceScope) -> Callable[[Routing, Tensor], Tensor]:
     if name == "absolute_deviation_loss":
         return lambda routing, _: absolute_deviation_loss(routing.probabilities)
-    if name != "load_balancing_loss":
+    if name != BALANCE:
         return lambda routing, _: routing.losses[name]
     if scope is BalanceScope.step:  # as far as the step has got: [qiu2025demons] §3
-        return lambda routing, counts_E: load_balancing_loss(routing.probabilities, counts_E)
-    return lambda routing, _: load_balancing_loss(routing.probabilities, routing.chosen_counts)
+        return _balance
+    return lambda routing, _: _balance(routing, routing.chosen_counts)
+
+
+def _balance(routing: Routing, counts_E: Tensor) -> Tensor:
+    """Return the balance loss as it is, with the gradient that the layer's factor gives it."""
+    loss, factor = load_balancing_loss(routing.probabilities, counts_E), routing.load_balancing_factor
+    return loss if factor == 1 else loss.detach() + factor * (loss - loss.detach())

@@ -22,6 +22,7 @@ from ava_exp.losses.terms import build_losses
 from ava_exp.models.arithmetic import count_parameters, training_flops
 from ava_exp.models.decoder import Decoder, build_model
 from ava_exp.models.memory import MemoryEstimate, estimate_memory
+from ava_exp.models.surgery import Surgeon
 from ava_exp.optim.schedules import Schedule
 from ava_exp.optim.update import LossScale, Updater
 from ava_exp.runtime import DTYPES, Runtime
@@ -185,6 +186,7 @@ def build_trainer(
     is_stopping: Callable[[], bool] = lambda: False,
     save: Callable[[TrainState], None] | None = None,
     sinks: Sequence[Callable[[Record], None]] = (),
+    surgeon: Surgeon | None = None,
 ) -> Trainer:
     """Put the parts of a run together."""
     interval = max(SHORTEST_INTERVAL, total_steps // 10)
@@ -210,6 +212,7 @@ def build_trainer(
         backward=runtime.backward,
         flops=training_flops(config.model, config.attention, config.sparsity, config.data.sequence_length),
         peak_flops=peak * 1e12 if peak else None,
+        surgeon=surgeon,
     )
 
 

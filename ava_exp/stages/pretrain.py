@@ -17,6 +17,7 @@ from ava_exp.data.prepare import PreparedData
 from ava_exp.errors import EXIT_OK, EXIT_RESUMABLE, CheckpointError, RunFolderError
 from ava_exp.generation.sampling import sample_tokens
 from ava_exp.models.decoder import Decoder
+from ava_exp.models.surgery import Surgeon, count_parameters_of
 from ava_exp.optim.update import Updater
 from ava_exp.runtime import Runtime, open_runtime, peak_memory_bytes, reset_peak_memory
 from ava_exp.stages import assembly
@@ -110,17 +111,18 @@ class Pretraining:
         reset_peak_memory(runtime.device)
         model = assembly.build_trained_decoder(self.config, runtime)
         updater = assembly.build_updater(self.config, runtime, model)
-        state = self._restore(updater, data)
+        surgeon = Surgeon(model, updater)
+        state = self._restore(surgeon, data)
         tracker = self.config.tracker.build()
         tracker.start(self._tracked())
         _write_status(self.folder, RunStatus.running, state.step, total_steps)
         try:
-            outcome = self._train(runtime, data, model, updater, state, total_steps)
+            outcome = self._train(runtime, data, surgeon, updater, state, total_steps)
             finished = outcome is Outcome.finished
             status = RunStatus.finished if finished else RunStatus.stopped
             if finished:
                 self._write_samples(assembly.inference_copy(self.config, runtime, model, updater), data)
-            self._write_summary(status, runtime, data, state)
+            self._write_summary(status, runtime, data, state, model)
             _write_status(self.folder, status, state.step, total_steps)
             report = write_report(self.folder)
         except BaseException:
@@ -186,16 +188,16 @@ class Pretraining:
             seconds_per_step=measure or (lambda: float(resolution["seconds_per_step"])),
         )
 
-    def _restore(self, updater: Updater, data: PreparedData) -> TrainState:
+    def _restore(self, surgeon: Surgeon, data: PreparedData) -> TrainState:
         """Put the newest good checkpoint back, if there is one, and let the folder hold nothing that comes after it."""
         found, problems = newest_good_checkpoint(self.folder.checkpoints)
         for problem in problems:
             logger.warning(problem)
         if found is not None:
             # An optimizer that was reset when this attempt began at another run's checkpoint is not reset again.
-            state = self._read(found, updater, data, reset_optimizer=self.config.resume == "auto")
+            state = self._read(found, surgeon, data, reset_optimizer=self.config.resume == "auto")
         elif origin := self.folder.read_json(ORIGIN):
-            state = self._read(Path(origin["checkpoint"]), updater, data, reset_optimizer=True)
+            state = self._read(Path(origin["checkpoint"]), surgeon, data, reset_optimizer=True)
         else:
             state = TrainState()
         sweep_leftovers(self.folder.checkpoints)
@@ -204,11 +206,12 @@ class Pretraining:
             metrics.cut_back(state.step, state.evaluations)  # one that was made after the checkpoint is made again
         return state
 
-    def _read(self, checkpoint: Path, updater: Updater, data: PreparedData, *, reset_optimizer: bool) -> TrainState:
+    def _read(self, checkpoint: Path, surgeon: Surgeon, data: PreparedData, *, reset_optimizer: bool) -> TrainState:
         snapshot = read_checkpoint(checkpoint)
         self._check_inputs(snapshot.state.get("fingerprints"), assembly.fingerprints(data))
         reset_optimizer = reset_optimizer and self.config.reset_optimizer
-        state = restore_snapshot(snapshot, updater, reset_optimizer=reset_optimizer)
+        assert surgeon.updater is not None
+        state = restore_snapshot(snapshot, surgeon.updater, reset_optimizer=reset_optimizer, surgeon=surgeon)
         _tell(f"Going on from step {state.step} ({checkpoint}){', with a new optimizer' if reset_optimizer else ''}.")
         return state
 
@@ -237,7 +240,7 @@ class Pretraining:
         self,
         runtime: Runtime,
         data: PreparedData,
-        model: Decoder,
+        surgeon: Surgeon,
         updater: Updater,
         state: TrainState,
         total_steps: int,
@@ -247,23 +250,27 @@ class Pretraining:
             self.folder.checkpoints, num_best=settings.save_total_limit, asynchronous=settings.asynchronous
         )
         extra = {"fingerprints": assembly.fingerprints(data), "run": self.folder.root.name}
-        with MetricsFile(self.folder.metrics) as metrics, open_view(total_steps, self._title(total_steps)) as view:
+        with (
+            MetricsFile(self.folder.metrics) as metrics,
+            open_view(total_steps, self._title(total_steps, surgeon.model)) as view,
+        ):
 
             def save(state: TrainState) -> None:
                 try:
                     metrics.sync()
                 except OSError as error:  # worth less than the checkpoint that follows
                     logger.warning("metrics up to step %d may not survive a loss of power: %s", state.step, error)
-                snapshot = take_snapshot(updater, state, extra, copy=settings.asynchronous and state.step < total_steps)
-                saver.save(snapshot, state.evaluations)
+                copy = settings.asynchronous and state.step < total_steps
+                saver.save(take_snapshot(updater, state, extra, surgeon, copy=copy), state.evaluations)
 
             trainer = assembly.build_trainer(
                 self.config,
                 runtime,
                 data,
                 total_steps,
-                model=model,
+                model=surgeon.model,
                 updater=updater,
+                surgeon=surgeon,
                 state=state,
                 is_stopping=lambda: self.requests.stop is not None,
                 save=save,
@@ -276,9 +283,9 @@ class Pretraining:
             saver.finish()
             return outcome
 
-    def _title(self, total_steps: int) -> list[str]:
-        counts = assembly.sizes(self.config)
-        size = f"{counts['total'] / 1e6:.1f} M parameters, {counts['active'] / 1e6:.1f} M active"
+    def _title(self, total_steps: int, model: Decoder) -> list[str]:
+        parameters = count_parameters_of(model)
+        size = f"{parameters.total / 1e6:.1f} M parameters, {parameters.active / 1e6:.1f} M active"
         return [f"{self.folder.root.name}: {size}, {self.resolution['runtime']['precision']}, {total_steps} steps"]
 
     def _write_samples(self, model: Decoder, data: PreparedData) -> None:
@@ -294,7 +301,9 @@ class Pretraining:
         )
         self.folder.samples.write_text(prompt + data.tokenizer.decode(list(ids)), encoding="utf-8")
 
-    def _write_summary(self, status: RunStatus, runtime: Runtime, data: PreparedData, state: TrainState) -> None:
+    def _write_summary(
+        self, status: RunStatus, runtime: Runtime, data: PreparedData, state: TrainState, model: Decoder
+    ) -> None:
         records = read_metrics(self.folder.metrics)
         evaluations, steps = of_kind(records, "eval"), of_kind(records, "train")
         names = ("loss", "perplexity", "bits_per_byte", "token_accuracy")
@@ -305,7 +314,7 @@ class Pretraining:
                 "status": status.value,
                 "final": {name: evaluations[-1][name] for name in names} if evaluations else None,
                 "baselines": {"gzip": data.baselines.gzip_bits_per_byte, "xz": data.baselines.xz_bits_per_byte},
-                "parameters": assembly.sizes(self.config),
+                "parameters": dataclasses.asdict(count_parameters_of(model)),
                 "steps": state.step,
                 "tokens": state.tokens,
                 "seconds": state.elapsed_s,

@@ -12,11 +12,12 @@ from ava_exp.config.run import RunConfig
 from ava_exp.data.prepare import PreparedData
 from ava_exp.errors import RunFolderError, UserError, did_you_mean
 from ava_exp.models.decoder import Decoder
+from ava_exp.models.surgery import Surgeon
 from ava_exp.runtime import DTYPES, Runtime, open_runtime
 from ava_exp.stages import assembly
 from ava_exp.tracking.folder import RunFolder, newest_attempt
-from ava_exp.training.checkpoint import newest_good_checkpoint, read_checkpoint
-from ava_exp.training.saver import load_weights
+from ava_exp.training.checkpoint import Snapshot, newest_good_checkpoint, read_checkpoint
+from ava_exp.training.saver import follow_surgery, load_weights
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -31,11 +32,41 @@ class TrainedRun:
     step: int
 
 
+@dataclasses.dataclass(kw_only=True, slots=True)
+class SavedRun:
+    """A run and its newest good checkpoint, before a model is built."""
+
+    folder: RunFolder
+    config: RunConfig
+    runtime: Runtime
+    data: PreparedData
+    snapshot: Snapshot
+
+
 def open_trained_run(config: RunConfig, run: str | None) -> TrainedRun:
     """Load the run named `run` (a name, a path, or `latest`), or else the one that `config` trains.
 
     Raises RunFolderError when there is none.
     """
+    saved = open_saved_run(config, run)
+    trained = saved.config
+    model = assembly.build_decoder(trained, saved.runtime)
+    follow_surgery(saved.snapshot, Surgeon(model))
+    if trained.precision.inference is not None:
+        model = model.to(DTYPES[trained.precision.inference])
+    load_weights(saved.snapshot, model.state_dict(keep_vars=True))
+    return TrainedRun(
+        folder=saved.folder,
+        config=trained,
+        runtime=saved.runtime,
+        data=saved.data,
+        model=model.eval(),
+        step=saved.snapshot.step,
+    )
+
+
+def open_saved_run(config: RunConfig, run: str | None) -> SavedRun:
+    """Find a run as `open_trained_run` does, and read what it left. Raises RunFolderError when there is nothing."""
     folder = find_run(config, run)
     checkpoint, problems = newest_good_checkpoint(folder.checkpoints)
     for problem in problems:
@@ -57,12 +88,7 @@ def open_trained_run(config: RunConfig, run: str | None) -> TrainedRun:
         stored=stored,
     )
     data = assembly.prepare(trained, lambda line: None)
-    model = assembly.build_decoder(trained, runtime)
-    snapshot = read_checkpoint(checkpoint)
-    if trained.precision.inference is not None:
-        model = model.to(DTYPES[trained.precision.inference])
-    load_weights(snapshot, model.state_dict(keep_vars=True))
-    return TrainedRun(folder=folder, config=trained, runtime=runtime, data=data, model=model.eval(), step=snapshot.step)
+    return SavedRun(folder=folder, config=trained, runtime=runtime, data=data, snapshot=read_checkpoint(checkpoint))
 
 
 def find_run(config: RunConfig, run: str | None) -> RunFolder:

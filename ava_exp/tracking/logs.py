@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import IO
 
 from ava_exp.tracking.folder import RunFolder
-from ava_exp.tracking.metrics import Record, describe_evaluation, describe_step
+from ava_exp.tracking.metrics import Record, describe_evaluation, describe_step, describe_surgery
 from ava_exp.tracking.redaction import redact_text
 
 ROOT = "ava_exp"
@@ -55,6 +55,8 @@ class RecordLog:
         """Log a record, if it is one to log."""
         if record["kind"] == "eval":
             logging.getLogger(EVALUATION).info("%s", describe_evaluation(record))
+        elif record["kind"] == "surgery":
+            logging.getLogger(TRAINING).info("%s", describe_surgery(record))
         elif record["step"] % self.interval == 0 or record["step"] == self.total_steps:
             logging.getLogger(TRAINING).info("%s", describe_step(record, self.total_steps))
 

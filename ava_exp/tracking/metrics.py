@@ -199,3 +199,12 @@ def describe_evaluation(record: Record) -> str:
         f"{name}: {record['bits_per_byte']:.3f} bits per byte, loss {record['loss']:.3f}, "
         f"{record['token_accuracy']:.1%} right" + (f", churn {churn:.1%}" if churn is not None else "")
     )
+
+
+def describe_surgery(record: Record) -> str:
+    """Say a `surgery` record in one line."""
+    return (
+        f"{record['operation']} after step {record['step']:,}: {'; '.join(record['done'])}; "
+        f"loss {record['loss_before']:.4f} before, {record['loss']:.4f} after; "
+        f"{record['parameters_before']:,} parameters before, {record['parameters']:,} after"
+    )

@@ -155,7 +155,7 @@ class Destination:
         self._num_records = 0
         self._sent = {
             (group, metric.step)
-            for group in ("train", "eval", "final")
+            for group in ("train", "eval", "final", "surgery")
             for metric in client.get_metric_history(self._run_id, f"{group}/loss")
         }
         self._log_parameters(order["parameters"], run.data.params)

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ava_exp.tracking.experts import expert_summary, overall_of, relative_load
-from ava_exp.tracking.metrics import Record, describe_evaluation, describe_step
+from ava_exp.tracking.metrics import Record, describe_evaluation, describe_step, describe_surgery
 from ava_exp.tracking.text import Curve, block, evenly, format_bytes, format_count, format_seconds, resample, sparkline
 
 REFRESH_S = 0.25
@@ -56,13 +56,15 @@ class View(ABC):
         self._times: deque[tuple[int, float]] = deque(maxlen=RATE_RECORDS)
 
     def update(self, record: Record) -> None:
-        """Take a record of the metrics file, `train` or `eval`."""
+        """Take a record of the metrics file."""
         if record["kind"] == "train":
             self.train = record
             self._times.append((record["step"], record["elapsed_s"]))
             self.show_step()
             if record.get("skipped"):
                 self.event(f"step {record['step']:,} was skipped")
+        elif record["kind"] == "surgery":
+            self.event(describe_surgery(record))
         else:
             self.evaluation = record
             self.event(describe_evaluation(record))

@@ -12,17 +12,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ava_exp.config.surgery import SETTINGS, SurgeryKind, SurgeryOperation
 from ava_exp.data.loader import Batch, BatchLoader
 from ava_exp.errors import UserError
 from ava_exp.evaluation.language import LanguageMetrics
-from ava_exp.losses.terms import LossTerm
+from ava_exp.losses.terms import LossTerm, require_balance_loss
 from ava_exp.models.arithmetic import StepFlops
 from ava_exp.models.decoder import Decoder
+from ava_exp.models.surgery import Surgeon, SurgeryReport
 from ava_exp.optim.schedules import Schedule
 from ava_exp.optim.update import Updater
+from ava_exp.training.history import RoutingHistory
 from ava_exp.training.signals import SignalRequests
 from ava_exp.training.state import TrainState
 from ava_exp.training.step import StepMetrics, train_step
+from ava_exp.training.surgery import ExpertSurgery
 from ava_exp.training.tally import ExpertTally, LayerVisits
 
 Record = dict[str, Any]
@@ -35,11 +39,12 @@ class Outcome(Enum):
     stopped = "stopped"
 
 
-class Trainer:
+class Trainer(ExpertSurgery):
     """Trains `model` to `total_steps`. Everything but the first six arguments is optional.
 
     `sinks` receive every record as it happens; `evaluate(final)` measures the model, or returns None where a signal
     cut it short; `save(state)` keeps it.
+    `surgeon` knows what was done to the model's experts before.
     `peak_flops` (FLOP/s) and `flops` give the share of the peak that is used (MFU), by the visits that experts had.
     """
 
@@ -65,6 +70,7 @@ class Trainer:
         backward: Callable[[Tensor], None] = torch.Tensor.backward,
         flops: StepFlops | None = None,
         peak_flops: float | None = None,
+        surgeon: Surgeon | None = None,
     ) -> None:
         self.model, self.loader, self.updater, self.schedule, self.terms = model, loader, updater, schedule, terms
         self.total_steps, self.state = total_steps, state or TrainState()
@@ -75,6 +81,7 @@ class Trainer:
         self.device, self.backward = device or torch.device("cpu"), backward
         self.flops, self.peak_flops = flops, peak_flops
         self.tally, self.visits = ExpertTally(), list[LayerVisits]()
+        self.surgeon = surgeon or Surgeon(model, updater)
 
     def fit(self, requests: SignalRequests | None = None) -> Outcome:
         """Train until the budget is spent, or until a signal asks to stop; then the state has been saved."""
@@ -101,6 +108,17 @@ class Trainer:
     def get_expert_statistics(self) -> dict[str, Any]:
         """Return what the routers did in the last step, by layer and in all: see `ExpertTally.statistics`."""
         return self.tally.statistics()
+
+    def operate(self, operation: SurgeryOperation) -> SurgeryReport:
+        """Do an operation on experts between two steps, and put it on record. Raises ConfigError when it cannot be."""
+        if operation.operation is SurgeryKind.scale_load_balancing:
+            require_balance_loss(self.terms)
+        batches = self.loader.micro_batches(self.state.step)
+        report = self.surgeon.operate(operation, batches, step=self.state.step, device=self.device)
+        if operation.operation not in SETTINGS:  # expert 3 may be another one now
+            self.state.routing = RoutingHistory()
+        self._emit(report.record(self.state.step))
+        return report
 
     def _make_up_for_evaluation(self) -> bool:
         """Evaluate a restored state whose own evaluation a signal had cut short; return whether that was done."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ava_exp.errors import CheckpointError, must_be
+from ava_exp.models.surgery import Surgeon
 from ava_exp.optim.update import Updater
 from ava_exp.training.checkpoint import Snapshot, prune_checkpoints, write_checkpoint
 from ava_exp.training.history import RoutingHistory
@@ -21,6 +22,8 @@ from ava_exp.training.state import TrainState
 
 logger = logging.getLogger(__name__)
 
+SURGERY, PRUNED = "surgery", "pruned"
+"""Where a checkpoint tells what surgery made of the model, and keeps the experts that were taken away."""
 MAX_FAILURES_IN_A_ROW = 3
 PAUSE_S = 1.0
 """Before a save that has just failed is repeated."""
@@ -92,7 +95,14 @@ class CheckpointSaver:
             )
 
 
-def take_snapshot(updater: Updater, state: TrainState, extra: dict[str, Any], *, copy: bool = True) -> Snapshot:
+def take_snapshot(
+    updater: Updater,
+    state: TrainState,
+    extra: dict[str, Any],
+    surgeon: Surgeon | None = None,
+    *,
+    copy: bool = True,
+) -> Snapshot:
     """Gather everything resumable. With `copy` training can go on while it is written; without it needs no memory, and
     must be written before anything changes: a save that fails and is repeated is made up for by the next one.
     """
@@ -107,6 +117,11 @@ def take_snapshot(updater: Updater, state: TrainState, extra: dict[str, Any], *,
     }
     if routing := state.routing.to_tensors():
         tensors["routing"] = routing
+    surgery, pruned = surgeon.state() if surgeon is not None else (None, {})
+    if surgery is not None:
+        extra = {**extra, SURGERY: surgery}
+    if pruned:
+        tensors[PRUNED] = pruned
     return Snapshot(
         step=state.step,
         tensors=tensors,
@@ -114,8 +129,15 @@ def take_snapshot(updater: Updater, state: TrainState, extra: dict[str, Any], *,
     )
 
 
-def restore_snapshot(snapshot: Snapshot, updater: Updater, *, reset_optimizer: bool) -> TrainState:
-    """Put a snapshot back into a model and its optimizer. Raises CheckpointError when it does not fit them."""
+def restore_snapshot(
+    snapshot: Snapshot, updater: Updater, *, reset_optimizer: bool, surgeon: Surgeon | None = None
+) -> TrainState:
+    """Put a snapshot back into a model and its optimizer. Raises CheckpointError when it does not fit them.
+
+    With the model's `surgeon` the model gets the shape that surgery gave the saved one.
+    """
+    if surgeon is not None:
+        follow_surgery(snapshot, surgeon)
     load_weights(snapshot, {**updater.weights, **updater.buffers})
     updater.round_masters()
     try:
@@ -128,6 +150,14 @@ def restore_snapshot(snapshot: Snapshot, updater: Updater, *, reset_optimizer: b
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
         raise CheckpointError(f"the checkpoint of step {snapshot.step} does not fit this run: {error!r}.") from error
     return state
+
+
+def follow_surgery(snapshot: Snapshot, surgeon: Surgeon) -> None:
+    """Let a model as it was configured become one that the snapshot's weights fit. Raises CheckpointError."""
+    try:
+        surgeon.follow(snapshot.state.get(SURGERY), snapshot.tensors.get(PRUNED, {}))
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(f"the checkpoint of step {snapshot.step} does not fit this run: {error!r}.") from error
 
 
 @torch.no_grad()

@@ -111,7 +111,7 @@ def _become_a_run(request: dict[str, Any], config: RunConfig, victim: int) -> No
 def run_as_a_command(config: RunConfig) -> int:
     """Do what the command line does with a composed configuration."""
     try:
-        return pretrain.run(config)
+        return int(config.stage.component()(config))
     except UserError as error:
         print(f"ava_exp: {error}", file=sys.stderr)
         return EXIT_USER_ERROR

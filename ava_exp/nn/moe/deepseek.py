@@ -48,7 +48,7 @@ class DeepSeekRouter(TokenChoiceRouter):
         return renormalize(affinities_NE)
 
     def preferences(self, logits: Tensor, affinities_NE: Tensor) -> Tensor:
-        scores_NE = (affinities_NE + self.bias).masked_fill(logits == -torch.inf, -torch.inf)
+        scores_NE = (affinities_NE + self.bias[: self.num_experts]).masked_fill(logits == -torch.inf, -torch.inf)
         if self.num_groups == 1:
             return scores_NE
         experts_per_group = min(2, self.num_experts // self.num_groups)
@@ -71,4 +71,4 @@ class DeepSeekRouter(TokenChoiceRouter):
     @torch.no_grad()
     def adapt(self, chosen_counts_E: Tensor, observed_E: Tensor | None) -> None:
         counts = chosen_counts_E.to(self.bias.dtype)
-        self.bias += self.bias_update_rate * (counts.mean() - counts).sign()
+        self.bias[: self.num_experts] += self.bias_update_rate * (counts.mean() - counts).sign()

@@ -38,7 +38,7 @@ class ExpertChoiceRouter(Router):
 
     def forward(self, x_BTD: Tensor) -> Routing:
         x = x_BTD.flatten(0, 1).to(torch.promote_types(x_BTD.dtype, torch.float32))
-        logits_NE = x @ self.weight.to(x.dtype).t()
+        logits_NE = x @ self.open_weight().to(x.dtype).t()
         probabilities_NE = logits_NE.softmax(dim=-1)
         with torch.no_grad():
             taken_NE, observed_E = self._take(probabilities_NE)
@@ -62,7 +62,7 @@ class ExpertChoiceRouter(Router):
         """Return who takes whom, (N, E) bool, and while training the smallest probability that each expert took."""
         if not self.training:
             if self.num_updates.item() > 0:
-                return probabilities_NE >= self.threshold, None
+                return probabilities_NE >= self.threshold[: self.num_experts], None
             best = probabilities_NE.topk(max(1, round(self.average_experts)), dim=1).indices
             return torch.zeros_like(probabilities_NE, dtype=torch.bool).scatter_(1, best, True), None
         num_tokens = probabilities_NE.shape[0]
@@ -78,4 +78,4 @@ class ExpertChoiceRouter(Router):
         self.num_updates += 1
         # The first steps weigh as much as those before them together: the running mean starts without a bias.
         step = (1.0 / self.num_updates).clamp(min=1 - self.threshold_momentum)
-        self.threshold.lerp_(observed_E, step)
+        self.threshold[: self.num_experts].lerp_(observed_E, step)

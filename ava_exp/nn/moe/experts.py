@@ -26,7 +26,8 @@ class Experts(nn.Module):
     its hidden activation, with a scale `norm` (E, F): [shleifer2021normformer] §2.1, there with means and biases.
     `dropout` acts on the hidden activation, on every expert's own while training.
 
-    Every expert takes part in the graph, also without tokens: its gradient is then zero, not missing.
+    Every expert takes part in the graph, also without tokens: its gradient is then zero, not missing. The stacks may
+    hold `num_closed` experts more, after those that tokens can be sent to.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         self.num_experts, self.activation, self.dispatch = num_experts, activation, dispatch
+        self.num_closed = 0
         self.share, self.dropout = share, dropout
         up, down = (num_up_rows(activation, intermediate_size), dim), (dim, intermediate_size)
         self.up = nn.Parameter(torch.empty(up if share is SharedProjection.up else (num_experts, *up)))
@@ -87,34 +89,44 @@ class Experts(nn.Module):
 
     def _sorted(self, x_ND: Tensor, expert_ids_Nk: Tensor, weights_Nk: Tensor, ragged: bool) -> Tensor:
         """Sort assignments by expert and multiply all groups at once; fp32, bf16 or fp16."""
+        up, down, norm = self._stacks()
         rows = sort_assignments(expert_ids_Nk, self.num_experts, ragged)
         if self.share is SharedProjection.up:
-            h_RF = gather(activate(F.linear(x_ND, self.up), self.activation), rows)
+            h_RF = gather(activate(F.linear(x_ND, up), self.activation), rows)
         else:
-            h_RF = activate(F.grouped_mm(gather(x_ND, rows), self.up.transpose(1, 2), offs=rows.ends), self.activation)
-        if self.norm is not None:
+            h_RF = activate(F.grouped_mm(gather(x_ND, rows), up.transpose(1, 2), offs=rows.ends), self.activation)
+        if norm is not None:
             # a product, not a gather: its backward is one, too, and sums in fp32
             chosen_RE = F.one_hot(rows.experts(), self.num_experts).to(h_RF.dtype)
-            h_RF = F.rms_norm(h_RF, h_RF.shape[1:], eps=NORM_EPSILON) * (chosen_RE @ self.norm)
+            h_RF = F.rms_norm(h_RF, h_RF.shape[1:], eps=NORM_EPSILON) * (chosen_RE @ norm)
         h_RF = self._drop(h_RF)
         weights_A = rows.weights(weights_Nk)
         if self.share is SharedProjection.down:
-            return F.linear(combine(h_RF, weights_A, rows), self.down)
-        return combine(F.grouped_mm(h_RF, self.down.transpose(1, 2), offs=rows.ends), weights_A, rows)
+            return F.linear(combine(h_RF, weights_A, rows), down)
+        return combine(F.grouped_mm(h_RF, down.transpose(1, 2), offs=rows.ends), weights_A, rows)
 
     def _all_for_all(self, x_ND: Tensor, expert_ids_Nk: Tensor, weights_Nk: Tensor) -> Tensor:
         """Compute every expert for every token: two plain products, with the weights applied in between."""
+        up, down, norm = self._stacks()
         num_tokens = x_ND.shape[0]
         weights_NE = torch.zeros_like(weights_Nk).scatter_add(1, expert_ids_Nk, weights_Nk)
-        h = F.linear(x_ND, self.up.flatten(0, -2)).view(num_tokens, -1, self.up.shape[-2])
+        h = F.linear(x_ND, up.flatten(0, -2)).view(num_tokens, -1, up.shape[-2])
         h_NEF = activate(h, self.activation)  # one for all with `share=up`
-        if self.norm is not None:
-            h_NEF = F.rms_norm(h_NEF, h_NEF.shape[2:], eps=NORM_EPSILON) * self.norm
+        if norm is not None:
+            h_NEF = F.rms_norm(h_NEF, h_NEF.shape[2:], eps=NORM_EPSILON) * norm
         h_NEF = self._drop(h_NEF.expand(-1, self.num_experts, -1))
         if self.share is SharedProjection.down:
-            return F.linear(torch.einsum("ne,nef->nf", weights_NE.to(h_NEF.dtype), h_NEF), self.down)
+            return F.linear(torch.einsum("ne,nef->nf", weights_NE.to(h_NEF.dtype), h_NEF), down)
         h_NEF = h_NEF * weights_NE[:, :, None].to(h_NEF.dtype)
-        return F.linear(h_NEF.flatten(1), self.down.transpose(0, 1).flatten(1))
+        return F.linear(h_NEF.flatten(1), down.transpose(0, 1).flatten(1))
+
+    def _stacks(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return `up`, `down` and `norm` of the experts that tokens can be sent to."""
+        if not self.num_closed:
+            return self.up, self.down, self.norm
+        up = self.up if self.share is SharedProjection.up else self.up[: self.num_experts]
+        down = self.down if self.share is SharedProjection.down else self.down[: self.num_experts]
+        return up, down, None if self.norm is None else self.norm[: self.num_experts]
 
     def _drop(self, h: Tensor) -> Tensor:
         return F.dropout(h, self.dropout, self.training) if self.dropout > 0 else h

@@ -43,12 +43,14 @@ class MoELayer(nn.Module):
         super().__init__()
         self.router, self.experts = router, experts
         self.shared, self.residual, self.capacity = shared, residual, capacity
+        self.load_balancing_factor = 1.0
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Routing]:
         """Map (B, T, D) to (B, T, D) and return the routing of the B·T tokens."""
         x_ND = x_BTD.flatten(0, 1)
         chosen: Routing = self.router(x_BTD)
         routing = self._limit(chosen, num_sequences=x_BTD.shape[0])
+        routing.load_balancing_factor = self.load_balancing_factor
         y_ND = self.experts(x_ND, routing.expert_ids, routing.weights, routing.ragged)
         if self.shared is not None:
             y_ND = y_ND + self.shared(x_ND)

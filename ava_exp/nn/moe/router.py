@@ -18,11 +18,16 @@ class Router(nn.Module, ABC):
     def __init__(self, dim: int, num_experts: int, whole_expert_dropout: float = 0.0) -> None:
         super().__init__()
         self.num_experts, self.whole_expert_dropout = num_experts, whole_expert_dropout
+        self.num_closed = 0
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
 
     @abstractmethod
     def forward(self, x_BTD: Tensor) -> Routing:
         """Route the N = B · T tokens of (B, T, D), in any dtype."""
+
+    def open_weight(self) -> Tensor:
+        """Return the weight without the rows of closed experts, which come last: to the router there are none."""
+        return self.weight[: self.weight.shape[0] - self.num_closed]
 
     def weigh(self, affinities_NE: Tensor, expert_ids_Nk: Tensor) -> Tensor:
         """Return the weights (N, k) of visits, 0 where there is no visit."""
@@ -106,7 +111,7 @@ class TokenChoiceRouter(Router):
         x = x_BTD.flatten(0, 1).to(torch.promote_types(x_BTD.dtype, torch.float32))
         if self.training and self.jitter > 0:
             x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
-        return (x @ self.weight.to(x.dtype).t()) / self.routing_temperature
+        return (x @ self.open_weight().to(x.dtype).t()) / self.routing_temperature
 
     def mask(self, logits: Tensor, absent_E: Tensor) -> Tensor:
         """Put absent experts out of reach."""

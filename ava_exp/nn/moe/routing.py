@@ -30,6 +30,8 @@ class Routing:
     """Unweighted scalars, each a mean over tokens."""
     observed: Tensor | None = None
     """Shape (E,), fp32: what the router learns from after the step, besides the counts."""
+    load_balancing_factor: float = 1.0
+    """How much more, or less, the balance loss weighs in this layer."""
     ragged: bool = False
     """Whether an id may be -1."""
 

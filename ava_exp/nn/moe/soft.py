@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,17 @@ class SoftRouter(TokenChoiceRouter):
 
     Nothing is sparse: it is the upper bound that sparse routers are measured against, at E times an expert's cost.
     It is not Soft MoE, which mixes tokens of a sequence with one another and so cannot predict the next one.
+    `log_gate` is added to the logits; 0 until surgery splits an expert's probability or merges two.
     """
+
+    log_gate: Tensor
+
+    def __init__(self, **common: Any) -> None:
+        super().__init__(**common)
+        self.register_buffer("log_gate", torch.zeros(self.num_experts, dtype=torch.float32))
+
+    def logits(self, x_BTD: Tensor) -> Tensor:
+        return super().logits(x_BTD) + self.log_gate[: self.num_experts]
 
     def choose(self, preferences_NE: Tensor) -> Tensor:
         experts = torch.arange(self.num_experts, device=preferences_NE.device)

@@ -20,7 +20,11 @@ def test_option_composes_and_validates(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("text.txt").write_text("text")
-    needed = {"data=files": ["data.paths=[text.txt]"], "tokenizer=file": ["tokenizer.path=text.txt"]}
+    needed = {
+        "data=files": ["data.paths=[text.txt]"],
+        "tokenizer=file": ["tokenizer.path=text.txt"],
+        "stage=surgery": ["stage.operation=add_expert"],
+    }
     chosen = f"{group}={option}"
     faults = validate(compose(["~local", chosen, *needed.get(chosen, [])]))
     assert not is_blocked(faults), report(faults)
