@@ -18,8 +18,8 @@ from ava_exp.config.model import (
 from ava_exp.config.training import Recompute
 from ava_exp.models.arithmetic import count_parameters, experts_per_token
 
-PROCESS_BYTES = 250_000_000
-"""What Python, torch and this package take in memory before anything is allocated: measured, mostly torch's code."""
+PROCESS_BYTES = 350_000_000
+"""What the process takes beside its tensors: 260 MB were resident before there was a model, and kernels add to that."""
 SLICE_VALUES = 2**24
 """Logits that exist at once: of `losses/cross_entropy.py`, which imports torch; a test holds the two together."""
 PLAIN_LENGTH = 512
@@ -80,7 +80,9 @@ def estimate_memory(
     mixed = precision in (Precision.mixed_fp16, Precision.mixed_bf16)
     wide = mixed or precision is Precision.fp16
     optimizer = 2 * (2 if precision is Precision.bf16 else 4) * parameters
-    kept = _kept_bytes(model, attention, sparsity, size, batch_size, sequence_length, recompute, on_cpu)
+    sizes = (model, attention, sparsity, size, batch_size, sequence_length)
+    kept = _kept_bytes(*sizes, recompute, on_cpu)
+    working = _kept_bytes(*sizes, Recompute.none, on_cpu) // model.num_layers  # the gradients of one block's values
     num_logits = min(SLICE_VALUES, batch_size * sequence_length * model.vocab_size)
     return MemoryEstimate(
         weights=size * parameters,
@@ -88,7 +90,7 @@ def estimate_memory(
         # The 16-bit gradients of a backward pass, and the fp32 ones that they are added to.
         gradients=(size + 4 if wide else size) * parameters,
         optimizer=optimizer,
-        activations=kept,
+        activations=kept + working,
         logits=size * (num_logits + model.vocab_size * model.hidden_size),
         snapshot=(4 if wide else size) * parameters + optimizer if copies_state else 0,
         process=PROCESS_BYTES if on_cpu else 0,
