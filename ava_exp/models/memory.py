@@ -80,9 +80,7 @@ def estimate_memory(
     mixed = precision in (Precision.mixed_fp16, Precision.mixed_bf16)
     wide = mixed or precision is Precision.fp16
     optimizer = 2 * (2 if precision is Precision.bf16 else 4) * parameters
-    sizes = (model, attention, sparsity, size, batch_size, sequence_length)
-    kept = _kept_bytes(*sizes, recompute, on_cpu)
-    working = _kept_bytes(*sizes, Recompute.none, on_cpu) // model.num_layers  # the gradients of one block's values
+    activations = _activation_bytes(model, attention, sparsity, size, batch_size, sequence_length, recompute, on_cpu)
     num_logits = min(SLICE_VALUES, batch_size * sequence_length * model.vocab_size)
     return MemoryEstimate(
         weights=size * parameters,
@@ -90,14 +88,14 @@ def estimate_memory(
         # The 16-bit gradients of a backward pass, and the fp32 ones that they are added to.
         gradients=(size + 4 if wide else size) * parameters,
         optimizer=optimizer,
-        activations=kept + working,
+        activations=activations,
         logits=size * (num_logits + model.vocab_size * model.hidden_size),
         snapshot=(4 if wide else size) * parameters + optimizer if copies_state else 0,
         process=PROCESS_BYTES if on_cpu else 0,
     )
 
 
-def _kept_bytes(
+def _activation_bytes(
     model: ModelConfig,
     attention: AttentionConfig,
     sparsity: SparsityConfig,
@@ -107,7 +105,7 @@ def _kept_bytes(
     recompute: Recompute,
     on_cpu: bool,
 ) -> int:
-    """Bytes that the forward pass keeps for the backward pass, at the moment when they are most."""
+    """Bytes that the forward pass keeps for the backward pass, and the gradients of one block's values."""
     tokens = batch_size * sequence_length
     plain = _attends_by_products(attention, sequence_length, on_cpu)
     mixing = _mixing_bytes(model, attention, size, sequence_length if plain else 0)
@@ -115,11 +113,11 @@ def _kept_bytes(
     block = tokens * (mixing + _norm_bytes(model, size)) + _feed_forward_bytes(model, sparsity, size, tokens, rows)
     ends = tokens * (_norm_bytes(model, size) + size * model.hidden_size)
     if recompute is Recompute.none:
-        return model.num_layers * block + ends
+        return model.num_layers * block + ends + block
     kept = tokens * size * model.hidden_size
     if recompute is Recompute.selective:
         kept += size * _product_values(model, sparsity, tokens, rows)
-    return model.num_layers * kept + block + ends  # one block at a time is whole
+    return model.num_layers * kept + ends + 2 * block  # one block at a time is whole
 
 
 def _attends_by_products(attention: AttentionConfig, sequence_length: int, on_cpu: bool) -> bool:
