@@ -12,7 +12,6 @@ from ava_exp.config.model import (
     GroupedAttentionConfig,
     ModelConfig,
     MoEConfig,
-    Norm,
     SparsityConfig,
 )
 from ava_exp.config.training import Recompute
