@@ -12,14 +12,13 @@ from ava_exp.config.model import (
     GroupedAttentionConfig,
     ModelConfig,
     MoEConfig,
-    Norm,
     SparsityConfig,
 )
 from ava_exp.config.training import Recompute
 from ava_exp.models.arithmetic import count_parameters, experts_per_token
 
-PROCESS_BYTES = 250_000_000
-"""What Python, torch and this package take in memory before anything is allocated: measured, mostly torch's code."""
+PROCESS_BYTES = 350_000_000
+"""What the process takes beside its tensors: 260 MB were resident before there was a model, and kernels add to that."""
 SLICE_VALUES = 2**24
 """Logits that exist at once: of `losses/cross_entropy.py`, which imports torch; a test holds the two together."""
 PLAIN_LENGTH = 512
@@ -80,7 +79,7 @@ def estimate_memory(
     mixed = precision in (Precision.mixed_fp16, Precision.mixed_bf16)
     wide = mixed or precision is Precision.fp16
     optimizer = 2 * (2 if precision is Precision.bf16 else 4) * parameters
-    kept = _kept_bytes(model, attention, sparsity, size, batch_size, sequence_length, recompute, on_cpu)
+    activations = _activation_bytes(model, attention, sparsity, size, batch_size, sequence_length, recompute, on_cpu)
     num_logits = min(SLICE_VALUES, batch_size * sequence_length * model.vocab_size)
     return MemoryEstimate(
         weights=size * parameters,
@@ -88,14 +87,14 @@ def estimate_memory(
         # The 16-bit gradients of a backward pass, and the fp32 ones that they are added to.
         gradients=(size + 4 if wide else size) * parameters,
         optimizer=optimizer,
-        activations=kept,
+        activations=activations,
         logits=size * (num_logits + model.vocab_size * model.hidden_size),
         snapshot=(4 if wide else size) * parameters + optimizer if copies_state else 0,
         process=PROCESS_BYTES if on_cpu else 0,
     )
 
 
-def _kept_bytes(
+def _activation_bytes(
     model: ModelConfig,
     attention: AttentionConfig,
     sparsity: SparsityConfig,
@@ -105,7 +104,7 @@ def _kept_bytes(
     recompute: Recompute,
     on_cpu: bool,
 ) -> int:
-    """Bytes that the forward pass keeps for the backward pass, at the moment when they are most."""
+    """Bytes that the forward pass keeps for the backward pass, and the gradients of one block's values."""
     tokens = batch_size * sequence_length
     plain = _attends_by_products(attention, sequence_length, on_cpu)
     mixing = _mixing_bytes(model, attention, size, sequence_length if plain else 0)
@@ -113,11 +112,11 @@ def _kept_bytes(
     block = tokens * (mixing + _norm_bytes(model, size)) + _feed_forward_bytes(model, sparsity, size, tokens, rows)
     ends = tokens * (_norm_bytes(model, size) + size * model.hidden_size)
     if recompute is Recompute.none:
-        return model.num_layers * block + ends
+        return model.num_layers * block + ends + block
     kept = tokens * size * model.hidden_size
     if recompute is Recompute.selective:
         kept += size * _product_values(model, sparsity, tokens, rows)
-    return model.num_layers * kept + block + ends  # one block at a time is whole
+    return model.num_layers * kept + ends + 2 * block  # one block at a time is whole
 
 
 def _attends_by_products(attention: AttentionConfig, sequence_length: int, on_cpu: bool) -> bool:
@@ -127,8 +126,8 @@ def _attends_by_products(attention: AttentionConfig, sequence_length: int, on_cp
 
 
 def _norm_bytes(model: ModelConfig, size: int) -> int:
-    """A norm's input and output, for one token; RMSNorm keeps its input and its result before the scale in fp32."""
-    return (8 + size if model.norm is Norm.rms else 2 * size) * model.hidden_size
+    """A norm's input and output, for one token."""
+    return 2 * size * model.hidden_size
 
 
 def _mixing_bytes(model: ModelConfig, attention: AttentionConfig, size: int, num_scores: int) -> int:
@@ -137,7 +136,7 @@ def _mixing_bytes(model: ModelConfig, attention: AttentionConfig, size: int, num
     assert model.head_dim is not None and model.num_kv_heads is not None
     query, key_value = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     scores = model.num_heads * num_scores * (3 if attention.attention_dropout > 0 else 1)
-    norms = 8 * (query + key_value) if attention.qk_norm else 0
+    norms = size * (query + 2 * key_value) if attention.qk_norm else 0  # what they are of
     masks = 2 * size * model.hidden_size if model.dropout > 0 else 0
     # torch's fused product keeps the values as they stand in the one result of all three projections.
     projected = 0 if num_scores else query + key_value

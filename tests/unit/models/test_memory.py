@@ -70,7 +70,8 @@ def test_activations_are_what_autograd_keeps(index: int, precision: Precision) -
     built = build_model(model, attention, sparsity, dtype=dtype).train()
     ids = torch.randint(0, 500, (4, 256), generator=torch.Generator().manual_seed(0))
     estimate = estimate_memory(model, attention, sparsity, precision=precision, batch_size=4, sequence_length=256)
-    assert estimate.activations == pytest.approx(kept_bytes(built, ids), rel=0.1)
+    of_one_block = 1 + 1 / model.num_layers  # the gradients that the backward pass works with
+    assert estimate.activations == pytest.approx(kept_bytes(built, ids) * of_one_block, rel=0.1)
 
 
 def estimate_of(precision: Precision = Precision.fp32, **settings: Any) -> MemoryEstimate:
