@@ -12,7 +12,6 @@ from ava_exp.config.model import (
     GroupedAttentionConfig,
     ModelConfig,
     MoEConfig,
-    Norm,
     SparsityConfig,
 )
 from ava_exp.config.training import Recompute
@@ -127,8 +126,8 @@ def _attends_by_products(attention: AttentionConfig, sequence_length: int, on_cp
 
 
 def _norm_bytes(model: ModelConfig, size: int) -> int:
-    """A norm's input and output, for one token; RMSNorm keeps its input and its result before the scale in fp32."""
-    return (8 + size if model.norm is Norm.rms else 2 * size) * model.hidden_size
+    """A norm's input and output, for one token."""
+    return 2 * size * model.hidden_size
 
 
 def _mixing_bytes(model: ModelConfig, attention: AttentionConfig, size: int, num_scores: int) -> int:
@@ -137,11 +136,10 @@ def _mixing_bytes(model: ModelConfig, attention: AttentionConfig, size: int, num
     assert model.head_dim is not None and model.num_kv_heads is not None
     query, key_value = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     scores = model.num_heads * num_scores * (3 if attention.attention_dropout > 0 else 1)
-    norms = 8 * (query + key_value) if attention.qk_norm else 0
     masks = 2 * size * model.hidden_size if model.dropout > 0 else 0
-    # torch's fused product keeps the values as they stand in the one result of all three projections.
-    projected = 0 if num_scores else query + key_value
-    return _norm_bytes(model, size) + size * (2 * query + 2 * key_value + projected + scores) + norms + masks
+    # torch's fused product keeps the values as they stand in the one result of all three projections, norms the others.
+    projected = query + key_value if attention.qk_norm or not num_scores else 0
+    return _norm_bytes(model, size) + size * (2 * query + 2 * key_value + projected + scores) + masks
 
 
 def _rows_of_experts(sparsity: SparsityConfig, tokens: int, on_cpu: bool) -> int:
