@@ -136,11 +136,10 @@ def _mixing_bytes(model: ModelConfig, attention: AttentionConfig, size: int, num
     assert model.head_dim is not None and model.num_kv_heads is not None
     query, key_value = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     scores = model.num_heads * num_scores * (3 if attention.attention_dropout > 0 else 1)
-    norms = size * (query + 2 * key_value) if attention.qk_norm else 0  # what they are of
     masks = 2 * size * model.hidden_size if model.dropout > 0 else 0
-    # torch's fused product keeps the values as they stand in the one result of all three projections.
-    projected = 0 if num_scores else query + key_value
-    return _norm_bytes(model, size) + size * (2 * query + 2 * key_value + projected + scores) + norms + masks
+    # torch's fused product keeps the values as they stand in the one result of all three projections, norms the others.
+    projected = query + key_value if attention.qk_norm or not num_scores else 0
+    return _norm_bytes(model, size) + size * (2 * query + 2 * key_value + projected + scores) + masks
 
 
 def _rows_of_experts(sparsity: SparsityConfig, tokens: int, on_cpu: bool) -> int:

@@ -38,7 +38,8 @@ class _RMSNorm(torch.autograd.Function):
         mean_square = torch.linalg.vector_norm(x_wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
         scale = mean_square.add_(epsilon).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
-        return (x_wide * scale).mul_(weight.to(wide)).to(x.dtype)
+        y: Tensor = (x_wide * scale).mul_(weight.to(wide)).to(x.dtype)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:

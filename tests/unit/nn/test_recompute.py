@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ava_exp.nn.recompute as module
-from ava_exp.config.model import DenseConfig, GroupedAttentionConfig, ModelConfig, MoEConfig, TopKRouterConfig
+from ava_exp.config.model import DenseConfig, GroupedAttentionConfig, ModelConfig, MoEConfig
+from ava_exp.config.router import TopKRouterConfig
 from ava_exp.config.training import Recompute
 from ava_exp.losses.terms import build_losses
 from ava_exp.models.decoder import Decoder, build_model
