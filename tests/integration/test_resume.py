@@ -17,7 +17,7 @@ from ava_exp.errors import EXIT_RESUMABLE
 from ava_exp.tracking.metrics import of_kind, read_metrics
 from ava_exp.training.checkpoint import list_checkpoints, read_checkpoint, step_of
 from tests.faults.faults import STEP, Fault, kill_at_step
-from tests.faults.harness import NUM_STEPS, SYNCHRONOUS, Experiment, observed, uninterrupted
+from tests.faults.harness import NUM_STEPS, SYNCHRONOUS, Experiment, harness, observed, uninterrupted
 
 TENSORS = ("model.safetensors", "optimizer.safetensors", "random.safetensors")
 
@@ -62,6 +62,25 @@ def test_what_a_router_learned_beside_gradients_goes_on_too(tmp_path: Path, rout
         torch.testing.assert_close(moves, moves.round())  # twelve steps of 0.001, which bf16 would have rounded away
     else:
         assert learned["num_updates"] == NUM_STEPS
+
+
+def test_routers_are_watched_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    """Churn, dead experts and specialisation, also when the stop comes while an evaluation is due."""
+    files = ",".join(str(harness().folder / "corpus" / f"{number:02d}.txt") for number in range(24))
+    settings = (f"data.paths=[{files}]", "sparsity.capacity_factor=1.0", "sparsity.num_experts=8")
+    whole = Experiment(output_dir=tmp_path / "whole", overrides=settings)
+    expected = whole.finish()
+    evaluations = of_kind(read_metrics(whole.folder.metrics), "eval")
+    assert ["churn" in record for record in evaluations] == [False, True, True, True]
+    assert all(0 < churn < 1 for record in evaluations[1:] for churn in record["churn"])
+    assert all(len(record["sources"]) > 1 and max(record["source_information"]) > 0 for record in evaluations)
+    steps = of_kind(read_metrics(whole.folder.metrics), "train")
+    assert any(sum(record["dropped_share"]) > 0 for record in steps)
+    stopped = Experiment(output_dir=tmp_path / "stopped", overrides=settings)
+    assert stopped.run(stop_at(6)).code == EXIT_RESUMABLE
+    assert stopped.run(stop_at(6)).code == EXIT_RESUMABLE, "before the last evaluation"
+    assert stopped.finish() == expected
+    assert "routing.safetensors" in expected.final
 
 
 def test_the_output_tells_where_it_goes_on(experiment: Experiment) -> None:
