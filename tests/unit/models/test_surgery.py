@@ -54,7 +54,13 @@ ROUTERS: dict[str, RouterConfig] = {
     "hierarchical": HierarchicalRouterConfig(branching=[NUM_EXPERTS], choices=[2]),
     "expert_choice": ExpertChoiceRouterConfig(),
 }
-FORMATS = {"fp32": (torch.float32, False), "bf16": (torch.bfloat16, False), "mixed_bf16": (torch.bfloat16, True)}
+STOCHASTIC = "stochastic_bf16"
+FORMATS = {
+    "fp32": (torch.float32, False),
+    "bf16": (torch.bfloat16, False),
+    "mixed_bf16": (torch.bfloat16, True),
+    STOCHASTIC: (torch.bfloat16, False),
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "norm": {"expert_norm": True},
@@ -81,7 +87,11 @@ class Patient:
         self.model = build_model(self.dimensions, GroupedAttentionConfig(), self.sparsity, dtype=dtype)
         optimizer = AdamWConfig(learning_rate=1e-2)
         self.updater = Updater(
-            self.model, lambda groups: optimizer.build(groups=groups), weight_decay=0.1, master_weights=masters
+            self.model,
+            lambda groups: optimizer.build(groups=groups),
+            weight_decay=0.1,
+            master_weights=masters,
+            stochastic_rounding=precision == STOCHASTIC,
         )
         self.surgeon = Surgeon(self.model, self.updater)
         self.terms = build_losses(self.sparsity)
@@ -90,6 +100,7 @@ class Patient:
         loss = 0.0
         self.model.train()
         for step in steps:
+            torch.manual_seed(step)
             metrics = train_step(
                 self.model,
                 self.updater,
@@ -141,6 +152,8 @@ def test_an_added_closed_expert_changes_no_output_bit_for_bit(router: RouterConf
     assert report.after.total > report.before.total and report.after.active == report.before.active
     for training in (False, True):
         assert torch.equal(with_it.logits(training=training), without_it.logits(training=training))
+    if precision == STOCHASTIC:
+        return  # a larger stack draws more of the numbers that rounding takes
     for step in (2, 3):  # nor does it disturb the training of what was there
         assert with_it.train(step) == without_it.train(step)
     here, there = with_it.everything(), without_it.everything()
@@ -252,7 +265,7 @@ def test_a_pruned_expert_is_restored_bit_for_bit(variant: dict[str, Any], precis
     assert patient.surgeon.pruned == []
 
 
-@pytest.mark.parametrize("precision", ["fp32", "mixed_bf16", "bf16"])
+@EVERY_FORMAT
 @EVERY_ROUTER
 def test_a_step_after_surgery_equals_that_of_a_model_built_in_the_new_shape(
     router: RouterConfig, precision: str
