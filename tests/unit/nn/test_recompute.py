@@ -13,7 +13,7 @@ import ava_exp.nn.recompute as module
 from ava_exp.config.model import DenseConfig, GroupedAttentionConfig, ModelConfig, MoEConfig
 from ava_exp.config.router import TopKRouterConfig
 from ava_exp.config.training import Recompute
-from ava_exp.losses.terms import build_losses
+from ava_exp.losses.terms import StepContext, build_losses
 from ava_exp.models.decoder import Decoder, build_model
 from ava_exp.nn.output import ModelOutput
 
@@ -42,7 +42,9 @@ def one_pass(model: Decoder, sparsity: Any = ROUTED) -> tuple[Tensor, dict[str, 
     torch.manual_seed(7)
     ids = torch.randint(0, 96, (2, 21), generator=torch.Generator().manual_seed(0))
     output = model(ids[:, :-1])
-    loss = torch.stack([term(output, ids[:, 1:], 40) for term in build_losses(sparsity)]).sum()
+    counts = [routing.chosen_counts for routing in output.routings]
+    context = StepContext(num_tokens=40, chosen_counts=counts)
+    loss = torch.stack([term(output, ids[:, 1:], context) for term in build_losses(sparsity)]).sum()
     loss.backward()
     return loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, output
 
