@@ -43,7 +43,8 @@ def test_save_and_load(name: str, overflow: Overflow | None, tmp_path: Path) -> 
     for mode in (True, False):
         assert torch.equal(layer.train(mode)(x)[0], fresh.train(mode)(x)[0])
     learned = {key.removeprefix("router.") for key in layer.state_dict() if key.startswith("router.")} - {"weight"}
-    assert learned == {"deepseek": {"bias"}, "expert": {"threshold", "num_updates"}}.get(name.partition("_")[0], set())
+    expected = {"deepseek": {"bias"}, "expert": {"threshold", "num_updates"}, "soft": {"log_gate"}}
+    assert learned == expected.get(name.partition("_")[0], set())
 
 
 @pytest.mark.parametrize(("name", "overflow", "activation"), ALL_CASES, ids=case_id)
