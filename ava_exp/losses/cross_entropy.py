@@ -19,16 +19,21 @@ CACHED_VALUES = 2**19
 """Logits whose softmax is computed at once on a CPU, 2 MiB in fp32: they stay in its cache."""
 
 
-def linear_cross_entropy(hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, divisor: float = 1.0) -> Tensor:
+def linear_cross_entropy(
+    hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, divisor: float = 1.0, expected_scale: float = 1.0
+) -> Tensor:
     """Return Σ -log p(label) / divisor in nats over the labels that are not `IGNORED`, an fp32 scalar (fp64 for fp64).
 
     p is the softmax of the logits `hidden_ND @ head_VD.T`, which have the format of `hidden_ND`; it is computed in fp32
     or wider. The gradients of both are computed with it, where they are needed. The head's adds up over slices in its
-    own format: in bf16 that costs less than the rounding of its result, up to about ten slices.
+    own format: in bf16 that costs less than the rounding of its result, up to about ten slices. `expected_scale` is what
+    the backward pass will begin with, the loss scale: fp16 gradients are computed with it, and do not vanish before.
     """
     if not (torch.is_grad_enabled() and (hidden_ND.requires_grad or head_VD.requires_grad)):
         return score_labels(hidden_ND, head_VD, labels_N)[0] / divisor
-    total: Tensor = _LinearCrossEntropy.apply(hidden_ND, head_VD, labels_N, divisor)  # type: ignore[no-untyped-call]
+    total: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden_ND, head_VD, labels_N, divisor, expected_scale
+    )
     return total
 
 
@@ -49,28 +54,32 @@ def score_labels(hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor) -> tuple[
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, divisor: float) -> Tensor:
+    def forward(
+        ctx: Any, hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, divisor: float, expected_scale: float
+    ) -> Tensor:
         valid_N, labels_N1 = _valid(labels_N)
         total = torch.zeros((), dtype=_wide(hidden_ND), device=hidden_ND.device)
         grad_hidden = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
         grad_head = torch.zeros_like(head_VD) if ctx.needs_input_grad[1] else None
         for rows in _slices(len(hidden_ND), SLICE_VALUES // len(head_VD)):
             logits_SV = hidden_ND[rows] @ head_VD.t()
-            total += _replace_by_gradient(logits_SV, labels_N1[rows], valid_N[rows], divisor)
+            total += _replace_by_gradient(logits_SV, labels_N1[rows], valid_N[rows], divisor / expected_scale)
             if grad_hidden is not None:
                 torch.mm(logits_SV, head_VD, out=grad_hidden[rows])
             if grad_head is not None:
                 grad_head.addmm_(logits_SV.t(), hidden_ND[rows])
         ctx.save_for_backward(grad_hidden, grad_head)
+        ctx.expected_scale = expected_scale
         return total / divisor
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         gradients = ctx.saved_tensors
-        # A weight of 1 is the rule, and multiplying the head's gradient by it costs a pass over memory.
-        if grad.device.type != "cpu" or grad.item() != 1:
-            gradients = [None if gradient is None else gradient * grad for gradient in gradients]
-        return *gradients, None, None
+        factor = grad / ctx.expected_scale
+        # A factor of 1 is the rule, and multiplying the head's gradient by it costs a pass over memory.
+        if factor.device.type != "cpu" or factor.item() != 1:
+            gradients = [None if gradient is None else gradient * factor for gradient in gradients]
+        return *gradients, None, None, None
 
 
 def _replace_by_gradient(logits_SV: Tensor, labels_S1: Tensor, valid_S: Tensor, divisor: float) -> Tensor:

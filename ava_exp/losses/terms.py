@@ -27,6 +27,8 @@ class StepContext:
 
     num_tokens: int
     """Valid tokens of the whole step: over all micro-batches and all ranks."""
+    loss_scale: float = 1.0
+    """By what the backward pass multiplies the objective."""
     chosen_counts: list[Tensor] = field(default_factory=list)
     """For every mixture-of-experts layer, the visits (E,) chosen in the step so far, this micro-batch included."""
 
@@ -55,7 +57,8 @@ class CrossEntropy:
         return 1.0
 
     def __call__(self, output: ModelOutput, labels_BT: Tensor, context: StepContext) -> Tensor:
-        return linear_cross_entropy(output.hidden.flatten(0, 1), output.head, labels_BT.flatten(), context.num_tokens)
+        hidden_ND, labels_N = output.hidden.flatten(0, 1), labels_BT.flatten()
+        return linear_cross_entropy(hidden_ND, output.head, labels_N, context.num_tokens, context.loss_scale)
 
 
 @dataclass(slots=True)

@@ -50,7 +50,11 @@ def train_step(
         output = model(batch.input_ids.to(device, non_blocking=True))
         labels = batch.labels.to(device, non_blocking=True)
         tally.add(output.routings)
-        context = StepContext(num_tokens=num_tokens, chosen_counts=[layer.chosen_counts for layer in tally.layers])
+        context = StepContext(
+            num_tokens=num_tokens,
+            loss_scale=updater.loss_scale.scale,
+            chosen_counts=[layer.chosen_counts for layer in tally.layers],
+        )
         values = torch.stack([term(output, labels, context) for term in terms])
         backward((values * weights).sum() * updater.loss_scale.scale)
         updater.collect_gradients()

@@ -83,6 +83,21 @@ def test_bf16_is_as_near_to_the_exact_gradient_as_the_plain_computation() -> Non
         assert (actual - wanted).norm() < 1.5 * (beside - wanted).norm()
 
 
+def test_fp16_gradients_are_computed_at_the_loss_scale_and_do_not_vanish() -> None:
+    """Divided by many tokens a probability's gradient is below what fp16 can hold, 6e-8."""
+    hidden, head, labels = problem()
+    small, num_tokens, scale = (hidden.detach().half().requires_grad_(), 2.0**24, 2.0**20)
+    exact = plain(small.detach().float(), head, labels, num_tokens)
+    (wanted,) = gradients(exact, head)
+    found = {}
+    for expected in (1.0, scale):
+        head_16 = head.detach().half().requires_grad_()
+        loss = linear_cross_entropy(small, head_16, labels, num_tokens, expected)
+        (gradient,) = gradients(loss * scale, head_16)
+        found[expected] = (gradient.float() / scale - wanted).norm() / wanted.norm()
+    assert found[scale] < 0.01 < 0.2 < found[1.0]
+
+
 @pytest.mark.parametrize("frozen", ["hidden", "head"])
 def test_what_needs_no_gradient_gets_none(frozen: str) -> None:
     hidden, head, labels = problem()
