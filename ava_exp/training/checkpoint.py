@@ -85,10 +85,14 @@ def write_checkpoint(checkpoints: Path, snapshot: Snapshot) -> Path:
         files = {path.name: _describe(path) for path in sorted(partial.iterdir())}
         _write_synced(partial / MANIFEST, [_json_bytes({"format": FORMAT, "step": snapshot.step, "files": files})])
         _sync_folder(partial)
+        replaced = None
         if final.exists():  # a bad one is kept for inspection; a good one, which a signal made, is replaced
-            os.rename(final, _free_name(final, BAD if verify_checkpoint(final) else LEAVING))
+            replaced = _free_name(final, BAD if verify_checkpoint(final) else LEAVING)
+            os.rename(final, replaced)
         os.rename(partial, final)
         _sync_folder(checkpoints)
+        if replaced is not None and LEAVING in replaced.name:
+            shutil.rmtree(replaced, ignore_errors=True)  # what is left is swept when the run is next opened
     except OSError:
         shutil.rmtree(partial, ignore_errors=True)
         raise

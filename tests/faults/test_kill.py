@@ -18,7 +18,7 @@ SETTINGS = (
     ("precision=mixed_bf16",),
     ("precision=bf16", "training.gradient_accumulation_steps=2"),
 )
-OPERATIONS_OF_A_SAVE = 24
+OPERATIONS_OF_A_SAVE = 28
 SLOWEST_STEP_S = 0.015
 NUM_SHARES = 4
 
@@ -26,7 +26,7 @@ NUM_SHARES = 4
 def in_a_save(chance: random.Random, num_saves: int) -> Fault:
     """Kill at some operation of one of the next saves, half of the times in the middle of a write."""
     if chance.random() < 0.5:
-        return Fault(action="tear", operation="write", at=chance.randint(1, 5 * num_saves))
+        return Fault(action="tear", operation="write", at=chance.randint(1, 6 * num_saves))
     return Fault(at=chance.randint(1, OPERATIONS_OF_A_SAVE * num_saves), after=chance.random() < 0.5)
 
 
@@ -94,7 +94,8 @@ def test_a_save_syncs_before_it_renames(before_a_save: Interrupted) -> None:
     operations = before_a_save.operations
     save = [operations[number - 1] for number in numbers_of(operations, "step_00000009")]
     names = [f"{operation} {Path(path).name}" for operation, path in save]
-    files = ("model.safetensors", "optimizer.safetensors", "random.safetensors", "state.json", "manifest.json")
+    files = ("model.safetensors", "optimizer.safetensors", "random.safetensors", "routing.safetensors")
+    files = (*files, "state.json", "manifest.json")
     of_files = [f"{operation} {file}" for file in files for operation in ("open", "write", "flush", "fsync")]
     folder = "step_00000009.tmp"
     assert names == [f"mkdir {folder}", *of_files, f"fsync {folder}", f"rename {folder}"]
@@ -110,7 +111,7 @@ def test_2_killed_at_every_operation_of_a_save(tmp_path: Path, before_a_save: In
     faults.append(Fault(at=save[-1], path="/checkpoints", after=True))
     writes = [number for number in save if before_a_save.operations[number - 1][0] == "write"]
     faults += [Fault(action="tear", at=number, path="/checkpoints") for number in writes]
-    assert len(faults) == OPERATIONS_OF_A_SAVE + 1 + 5
+    assert len(faults) == OPERATIONS_OF_A_SAVE + 1 + 6
     for number, fault in list(enumerate(faults))[share::NUM_SHARES]:
         experiment = before_a_save.experiment.copy(tmp_path / str(number))
         assert experiment.run(fault).killed, fault
@@ -124,7 +125,7 @@ def test_2_killed_at_every_operation_of_a_save(tmp_path: Path, before_a_save: In
 def test_3_killed_at_every_operation_of_a_removal(tmp_path: Path, before_a_removal: Interrupted) -> None:
     removal = numbers_of(before_a_removal.operations, "step_00000006")
     kinds = [before_a_removal.operations[number - 1][0] for number in removal]
-    assert kinds == ["rename", *["unlink"] * 5, "rmdir"]
+    assert kinds == ["rename", *["unlink"] * 6, "rmdir"]
     faults = [Fault(at=number, path="/checkpoints") for number in removal]
     for number, fault in enumerate([*faults, Fault(at=removal[-1], path="/checkpoints", after=True)]):
         experiment = before_a_removal.experiment.copy(tmp_path / str(number))

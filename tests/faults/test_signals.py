@@ -20,6 +20,10 @@ def in_every_save(name: str) -> Fault:
     return Fault(action=name, path="/checkpoints/", times=10_000)
 
 
+def is_new_checkpoint(path: str) -> bool:
+    return "/checkpoints/" in path and path.endswith(".tmp")
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 @pytest.mark.parametrize("step", [1, 5, 6, 12])
 def test_16_a_stop_signal_saves_at_that_very_step(experiment: Experiment, name: str, step: int) -> None:
@@ -59,8 +63,8 @@ def test_an_evaluation_that_a_signal_cut_short_is_made_up_for_once(experiment: E
     evaluated = of_kind(read_metrics(experiment.folder.metrics), "eval")
     assert [record["step"] for record in evaluated] == list(range(3, step, 3))
     kill_after_it = Fault(operation="write", path=r"metrics\.jsonl", after=True)
-    assert experiment.run(kill_after_it).killed
-    assert experiment.run(kill_after_it).killed == (step == 6), "at the end there is nothing more to write"
+    for _ in range(2):  # no checkpoint knows of it yet, nor of the choices that the next one is compared with
+        assert experiment.run(kill_after_it).killed
     assert experiment.finish() == uninterrupted()
     assert [path.name for path in experiment.folder.checkpoints.iterdir() if path.suffix] == []
 
@@ -78,7 +82,7 @@ def test_a_signal_while_an_evaluation_is_made_up_for(experiment: Experiment) -> 
 def test_sigusr1_saves_and_goes_on(experiment: Experiment, step: int) -> None:
     ended = experiment.run(at_step("SIGUSR1", step))
     assert ended.code == 0
-    renamed = [path for operation, path in ended.operations if operation == "rename" and path.endswith(".tmp")]
+    renamed = [path for operation, path in ended.operations if operation == "rename" and is_new_checkpoint(path)]
     assert [path[-6:-4] for path in renamed] == [f"{n:02d}" for n in sorted({step, 3, 6, 9, 12})]
     assert experiment.finish() == uninterrupted()
 
@@ -86,7 +90,7 @@ def test_sigusr1_saves_and_goes_on(experiment: Experiment, step: int) -> None:
 def test_many_sigusr1_cost_one_save_a_step(experiment: Experiment) -> None:
     ended = experiment.run(in_every_save("SIGUSR1"))
     assert ended.code == 0
-    renamed = [path for operation, path in ended.operations if operation == "rename" and path.endswith(".tmp")]
+    renamed = [path for operation, path in ended.operations if operation == "rename" and is_new_checkpoint(path)]
     assert len(renamed) == len(set(renamed)) <= 12
     assert experiment.finish() == uninterrupted()
 
