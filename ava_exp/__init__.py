@@ -49,6 +49,7 @@ _MODULES = {
     "evaluate_language": "evaluation.language",
     "sample_tokens": "generation.sampling",
     "LossTerm": "losses.terms",
+    "StepContext": "losses.terms",
     "build_losses": "losses.terms",
     "count_parameters": "models.arithmetic",
     "Decoder": "models.decoder",
@@ -98,6 +99,7 @@ if TYPE_CHECKING:
     from ava_exp.evaluation.language import evaluate_language as evaluate_language
     from ava_exp.generation.sampling import sample_tokens as sample_tokens
     from ava_exp.losses.terms import LossTerm as LossTerm
+    from ava_exp.losses.terms import StepContext as StepContext
     from ava_exp.losses.terms import build_losses as build_losses
     from ava_exp.models.arithmetic import count_parameters as count_parameters
     from ava_exp.models.decoder import Decoder as Decoder

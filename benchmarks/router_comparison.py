@@ -2,7 +2,7 @@
 
     python benchmarks/router_comparison.py [--steps 300] [--seeds 0,1,2] [--figure docs/images/routers.png]
 
-Every training is a point of one `-m` sweep over `experiment=equal_flops/…`, seeds outermost, so routers take turns.
+Every training is a point of one `-m` sweep over `experiment=equal_flops_…`, seeds outermost, so routers take turns.
 Seconds are of training steps alone. Nothing else may run on the machine meanwhile.
 """
 
@@ -23,7 +23,6 @@ import yaml
 from matplotlib.figure import Figure
 
 from ava_exp.config.identity import from_plain
-from ava_exp.config.run import RunConfig
 from ava_exp.models.arithmetic import count_parameters, training_flops_per_token
 from ava_exp.tracking.experts import expert_summary
 from ava_exp.tracking.figures import STYLE
@@ -51,17 +50,17 @@ class Training:
 
 def train(steps: int, seeds: str) -> None:
     """Run what is not there yet: a second call goes on."""
-    points = ",".join(f"equal_flops/{name}" for name in EXPERIMENTS)
+    points = ",".join(f"equal_flops_{name}" for name in EXPERIMENTS)
     command = [sys.executable, "-m", "ava_exp", "-m", f"seed={seeds}", f"experiment={points}"]
     command += [f"budget.steps={steps}", f"evaluation.interval_steps={max(1, steps // 10)}", "tracker=none"]
     command += [f"output_dir={FOLDER}", "cache_dir=outputs/cache", "evaluation.sample_tokens=8"]
-    command += ["evaluation.max_tokens=20000"]
+    command += ["evaluation.max_tokens=30000"]
     command += [f"checkpoint.save_every_n_batches={steps}"]
     subprocess.run(command, check=True)
 
 
 def read(folder: Path) -> Training:
-    config = from_plain(RunConfig, yaml.safe_load((folder / "config.yaml").read_text()))
+    config = from_plain(yaml.safe_load((folder / "config.yaml").read_text()))
     records = read_metrics(folder / "metrics.jsonl")
     steps = {record["step"]: record for record in of_kind(records, "train")}
     evaluations = of_kind(records, "eval")

@@ -26,8 +26,8 @@ def linear_cross_entropy(
 
     p is the softmax of the logits `hidden_ND @ head_VD.T`, which have the format of `hidden_ND`; it is computed in fp32
     or wider. The gradients of both are computed with it, where they are needed. The head's adds up over slices in its
-    own format: in bf16 that costs less than the rounding of its result, up to about ten slices. `expected_scale` is what
-    the backward pass will begin with, the loss scale: fp16 gradients are computed with it, and do not vanish before.
+    own format: in bf16 that costs less than the rounding of its result, up to about ten slices. `expected_scale` is
+    what the backward pass will begin with, the loss scale: gradients are computed at it, and so do not vanish in fp16.
     """
     if not (torch.is_grad_enabled() and (hidden_ND.requires_grad or head_VD.requires_grad)):
         return score_labels(hidden_ND, head_VD, labels_N)[0] / divisor

@@ -129,7 +129,8 @@ def _memory_table(config: RunConfig) -> Table:
     table = _table(f"Training memory of a device in GiB: Adam, {work}", "part", *FORMATS)
     wholes = [device_memory(config, precision, stage=0).device for precision in formats]
     for part in fields(MemoryEstimate):
-        table.add_row(part.name.replace("_", " "), *(_size(getattr(whole, part.name) / GIB) for whole in wholes))
+        if any(sizes := [getattr(whole, part.name) for whole in wholes]):
+            table.add_row(part.name.replace("_", " "), *(_size(size / GIB) for size in sizes))
     table.add_section()
     answer = "Nothing fits"
     for name, stage, offload in _divisions(hardware):
