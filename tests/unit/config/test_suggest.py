@@ -23,7 +23,10 @@ def complaint(*overrides: str) -> str:
         ("expermient=x", "`expermient` does not exist: did you mean `experiment`"),
         ("weight_decay=1", "`weight_decay` does not exist: did you mean `optimizer.weight_decay`?"),
         ("model=smal", "`model` has no option `smal`: did you mean `small` or `cpu_small`?"),
-        ("experiment=nothing_like_it", "`experiment` has no option `nothing_like_it`: it can be `ava_small`."),
+        (
+            "experiment=nothing_like_it",
+            "`experiment` has no option `nothing_like_it`: it can be `ava_small`, `equal_flops_deepseek`,",
+        ),
         ("seed=1.5", "`seed` must be a whole number, but is 1.5 instead."),
         ("budget.steps=1e6", "`budget.steps` must be a whole number or `null`, but is 1000000.0 instead."),
         ("optimizer.learning_rate=abc", "`optimizer.learning_rate` must be a number, but is 'abc' instead."),
