@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _MODULES = {
+    "Architecture": "config.architecture",
     "compose": "config.compose",
     "BPEConfig": "config.data",
     "FileTokenizerConfig": "config.data",
@@ -62,6 +63,7 @@ _MODULES = {
 """Where each public name lives, below `ava_exp`."""
 
 if TYPE_CHECKING:
+    from ava_exp.config.architecture import Architecture as Architecture
     from ava_exp.config.compose import compose as compose
     from ava_exp.config.data import BPEConfig as BPEConfig
     from ava_exp.config.data import FilesConfig as FilesConfig

@@ -65,14 +65,13 @@ def read(folder: Path) -> Training:
     steps = {record["step"]: record for record in of_kind(records, "train")}
     evaluations = of_kind(records, "eval")
     tokens = np.array([steps[record["step"]]["tokens"] for record in evaluations], dtype=float)
-    shape = (config.model, config.attention, config.sparsity)
-    parameters, last = count_parameters(*shape), steps[evaluations[-1]["step"]]
+    parameters, last = count_parameters(config.architecture), steps[evaluations[-1]["step"]]
     loads = last.get("expert_load")
     return Training(
         name=config.name,
         loss=np.array([record["loss"] for record in evaluations]),
         tokens=tokens,
-        flops=tokens * training_flops_per_token(*shape, config.data.sequence_length),
+        flops=tokens * training_flops_per_token(config.architecture, config.data.sequence_length),
         seconds=np.array([steps[record["step"]]["elapsed_s"] for record in evaluations]),
         bits_per_byte=evaluations[-1]["bits_per_byte"],
         gini=statistics.mean(expert_summary(load)["gini"] for load in loads) if loads else None,

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ava_exp.config.architecture import Architecture
 from ava_exp.config.data import BPEConfig, StdlibConfig
 from ava_exp.config.model import GroupedAttentionConfig, ModelConfig, MoEConfig
 from ava_exp.config.router import TopKRouterConfig
@@ -70,7 +71,7 @@ def batches(steps: int) -> list[Any]:
 
 def run_ours(side: str, steps: int) -> tuple[list[float], list[float]]:
     keep_freed_memory()
-    model = build_model(MODEL, ATTENTION, SPARSITY, dtype=torch.bfloat16)
+    model = build_model(Architecture(MODEL, ATTENTION, SPARSITY), dtype=torch.bfloat16)
     updater = Updater(
         model,
         lambda groups: AdamWConfig(learning_rate=LEARNING_RATE).build(groups=groups),
@@ -136,7 +137,7 @@ def mixtral(grouped: bool) -> Any:
         experts_implementation="grouped_mm" if grouped else "eager",
     )
     theirs = MixtralForCausalLM(config)
-    ours = build_model(MODEL, ATTENTION, SPARSITY)
+    ours = build_model(Architecture(MODEL, ATTENTION, SPARSITY))
     theirs.load_state_dict(to_mixtral(ours), strict=True)
     return theirs
 
@@ -199,7 +200,7 @@ def main() -> None:
     for _ in range(arguments.rounds):
         for side in SIDES:
             results[side].append(measure(side, arguments.steps))
-    flops = training_flops_per_token(MODEL, ATTENTION, SPARSITY, LENGTH)
+    flops = training_flops_per_token(Architecture(MODEL, ATTENTION, SPARSITY), LENGTH)
     medians = {side: statistics.median(r["tokens_per_s"] for r in runs) for side, runs in results.items()}
     peak = statistics.median(r["peak"] for runs in results.values() for r in runs)
     print(f"\ntorch {torch.__version__}, {torch.get_num_threads()} threads, bf16 product {peak / 1e9:.0f} GFLOP/s")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import ClassVar
@@ -28,7 +29,7 @@ class BalanceScope(Enum):
 
 
 @dataclass(kw_only=True, slots=True)
-class RouterConfig(ComponentConfig):
+class RouterConfig(ComponentConfig, ABC):
     """Base of every router: the weights of its losses, which the objective adds up, and what it costs."""
 
     runtime_fields: ClassVar[frozenset[str]] = LOSS_FIELDS
@@ -42,9 +43,9 @@ class RouterConfig(ComponentConfig):
     whole_expert_dropout: float = 0.0
     """Probability that an expert is out of reach of a whole micro-batch while training."""
 
+    @abstractmethod
     def experts_per_token(self, num_experts: int) -> float:
         """Return how many experts one token visits, or the most where that differs from token to token."""
-        raise NotImplementedError  # a base class: every router says it
 
     def num_weights(self, dim: int, num_experts: int) -> int:
         """Return the router's parameters, all of which take part in a matrix product."""
@@ -68,16 +69,21 @@ class TokenChoiceConfig(RouterConfig):
 
 
 @dataclass(kw_only=True, slots=True)
-class TopKRouterConfig(TokenChoiceConfig):
-    """Every token goes to the `moe_top_k` experts with the highest softmax probability."""
-
-    builds: ClassVar[str] = "ava_exp.nn.moe.topk:TopKRouter"
+class KChoicesConfig(TokenChoiceConfig):
+    """Base of the routers in which every token chooses `moe_top_k` experts."""
 
     moe_top_k: int = 2
     renormalize: bool = True
 
     def experts_per_token(self, num_experts: int) -> float:
         return self.moe_top_k
+
+
+@dataclass(kw_only=True, slots=True)
+class TopKRouterConfig(KChoicesConfig):
+    """Every token goes to the `moe_top_k` experts with the highest softmax probability."""
+
+    builds: ClassVar[str] = "ava_exp.nn.moe.topk:TopKRouter"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -105,22 +111,17 @@ class SoftRouterConfig(TokenChoiceConfig):
 
 
 @dataclass(kw_only=True, slots=True)
-class SinkhornRouterConfig(TokenChoiceConfig):
+class SinkhornRouterConfig(KChoicesConfig):
     """While training, experts are chosen on scores balanced over the batch; at inference as `topk` does."""
 
     builds: ClassVar[str] = "ava_exp.nn.moe.sinkhorn:SinkhornRouter"
 
     load_balancing_weight: float = 0.0
-    moe_top_k: int = 2
-    renormalize: bool = True
     num_iterations: int = 8
-
-    def experts_per_token(self, num_experts: int) -> float:
-        return self.moe_top_k
 
 
 @dataclass(kw_only=True, slots=True)
-class DeepSeekRouterConfig(TokenChoiceConfig):
+class DeepSeekRouterConfig(KChoicesConfig):
     """Sigmoid affinities, balanced by a bias on the selection that follows the load; no balance loss is needed."""
 
     builds: ClassVar[str] = "ava_exp.nn.moe.deepseek:DeepSeekRouter"
@@ -129,22 +130,17 @@ class DeepSeekRouterConfig(TokenChoiceConfig):
     load_balancing_weight: float = 0.0
     router_z_loss_weight: float = 0.0
     sequence_balance_weight: float = 1e-4
-    moe_top_k: int = 2
-    renormalize: bool = True
     bias_update_rate: float = 1e-3
     num_groups: int = 1
     groups_per_token: int = 1
     routed_scaling_factor: float = 1.0
-
-    def experts_per_token(self, num_experts: int) -> float:
-        return self.moe_top_k
 
     def losses(self) -> dict[str, float]:
         return RouterConfig.losses(self) | {"sequence_balance_loss": self.sequence_balance_weight}
 
 
 @dataclass(kw_only=True, slots=True)
-class TwoStageRouterConfig(TokenChoiceConfig):
+class TwoStageRouterConfig(KChoicesConfig):
     """One flat score: the best `groups_per_token` groups of experts first, then the best experts inside them.
 
     `num_groups` null makes groups as many as they are large, as nearly as the number of experts divides.
@@ -152,13 +148,8 @@ class TwoStageRouterConfig(TokenChoiceConfig):
 
     builds: ClassVar[str] = "ava_exp.nn.moe.two_stage:TwoStageRouter"
 
-    moe_top_k: int = 2
-    renormalize: bool = True
     num_groups: int | None = None
     groups_per_token: int = 1
-
-    def experts_per_token(self, num_experts: int) -> float:
-        return self.moe_top_k
 
 
 @dataclass(kw_only=True, slots=True)

@@ -6,9 +6,13 @@ from dataclasses import dataclass, field
 
 from omegaconf import II, MISSING
 
+from ava_exp.config.architecture import Architecture
 from ava_exp.config.data import DataConfig, TokenizerConfig
+from ava_exp.config.loss import LossConfig
 from ava_exp.config.machine import HardwareConfig, PrecisionConfig, TrackerConfig
+from ava_exp.config.mod import ModConfig, NoModConfig
 from ava_exp.config.model import AttentionConfig, ModelConfig, SparsityConfig
+from ava_exp.config.prediction import NextTokenConfig, PredictionConfig
 from ava_exp.config.stage import StageConfig
 from ava_exp.config.training import (
     BudgetConfig,
@@ -37,6 +41,9 @@ class RunConfig:
     precision: PrecisionConfig = MISSING
     hardware: HardwareConfig = MISSING
     tracker: TrackerConfig = MISSING
+    mod: ModConfig = field(default_factory=NoModConfig)
+    prediction: PredictionConfig = field(default_factory=NextTokenConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -48,6 +55,11 @@ class RunConfig:
     """Resume although data, tokenizer or code differ from what the checkpoint was made with."""
     output_dir: str = "outputs"
     cache_dir: str = "${output_dir}/cache"
+
+    @property
+    def architecture(self) -> Architecture:
+        """What the decoder is made of."""
+        return Architecture(self.model, self.attention, self.sparsity, self.mod, self.prediction)
 
 
 NOT_IDENTITY = frozenset(

@@ -6,7 +6,7 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 
-from ava_exp.config import data, machine, model, router, run, stage, training
+from ava_exp.config import data, loss, machine, mod, model, prediction, router, run, stage, training
 
 SCHEMAS: dict[str, Any] = {
     "run": run.RunConfig,
@@ -21,6 +21,9 @@ SCHEMAS: dict[str, Any] = {
     "attention/grouped": model.GroupedAttentionConfig,
     "sparsity/dense": model.DenseConfig,
     "sparsity/moe": model.MoEConfig,
+    "mod/none": mod.NoModConfig,
+    "prediction/next_token": prediction.NextTokenConfig,
+    "loss": loss.LossConfig,
     "router/topk": router.TopKRouterConfig,
     "router/switch": router.SwitchRouterConfig,
     "router/soft": router.SoftRouterConfig,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ava_exp.config.architecture import Architecture
 from ava_exp.config.model import (
     Activation,
     AttentionConfig,
@@ -49,8 +50,9 @@ class ParameterBreakdown:
         return sum(part.multiplied for part in self.parts)
 
 
-def count_parameters(model: ModelConfig, attention: AttentionConfig, sparsity: SparsityConfig) -> ParameterBreakdown:
+def count_parameters(architecture: Architecture) -> ParameterBreakdown:
     """Count the parameters of the decoder that these configurations build."""
+    model, attention, sparsity = architecture.model, architecture.attention, architecture.sparsity
     hidden, layers, vocabulary = model.hidden_size, model.num_layers, model.vocab_size
     embedding = vocabulary * hidden
     parts = [
@@ -143,25 +145,22 @@ def experts_per_token(sparsity: MoEConfig) -> float:
     return sparsity.router.experts_per_token(sparsity.num_experts)
 
 
-def forward_flops_per_token(
-    model: ModelConfig, attention: AttentionConfig, sparsity: SparsityConfig, sequence_length: int
-) -> float:
+def forward_flops_per_token(architecture: Architecture, sequence_length: int) -> float:
     """Floating-point operations of one token's forward pass: 2 for each multiplied weight, and attention's products.
 
     Softmax, norms and the rotary embedding are left out, as in [chowdhery2022palm] app. B. Attention is counted
     causally: a token looks at (T + 1) / 2 positions on average, where the paper counts all T.
     """
+    model = architecture.model
     assert model.head_dim is not None
-    weights = 2 * count_parameters(model, attention, sparsity).multiplied
+    weights = 2 * count_parameters(architecture).multiplied
     positions = (sequence_length + 1) / 2
     return weights + 4 * model.num_layers * model.num_heads * model.head_dim * positions
 
 
-def training_flops_per_token(
-    model: ModelConfig, attention: AttentionConfig, sparsity: SparsityConfig, sequence_length: int
-) -> float:
+def training_flops_per_token(architecture: Architecture, sequence_length: int) -> float:
     """Forward and backward: three times the forward pass."""
-    return 3 * forward_flops_per_token(model, attention, sparsity, sequence_length)
+    return 3 * forward_flops_per_token(architecture, sequence_length)
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -176,11 +175,10 @@ class StepFlops:
         return num_tokens * self.per_token + num_visits * self.per_visit
 
 
-def training_flops(
-    model: ModelConfig, attention: AttentionConfig, sparsity: SparsityConfig, sequence_length: int
-) -> StepFlops:
+def training_flops(architecture: Architecture, sequence_length: int) -> StepFlops:
     """Split `training_flops_per_token` into what every token costs and what a visit to an expert costs."""
-    total = training_flops_per_token(model, attention, sparsity, sequence_length)
+    model, sparsity = architecture.model, architecture.sparsity
+    total = training_flops_per_token(architecture, sequence_length)
     if not isinstance(sparsity, MoEConfig):
         return StepFlops(per_token=total, per_visit=0.0)
     per_visit = 6.0 * _expert_weights(model, sparsity)[0]

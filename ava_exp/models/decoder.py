@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ava_exp.config.model import AttentionConfig, DenseConfig, ModelConfig, MoEConfig, Overflow, SparsityConfig
+from ava_exp.config.architecture import Architecture
+from ava_exp.config.model import DenseConfig, ModelConfig, MoEConfig, Overflow, SparsityConfig
 from ava_exp.config.training import Recompute
 from ava_exp.errors import ConfigError
-from ava_exp.nn.attention.context import AttentionContext, KeyValueCache
+from ava_exp.nn.attention.cache import AttentionContext, KeyValueCache
 from ava_exp.nn.ffn import FeedForward
 from ava_exp.nn.init import initialize
 from ava_exp.nn.moe.experts import Experts
@@ -26,8 +28,9 @@ from ava_exp.nn.rope import rope_tables
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed-forward(norm(x))."""
 
-    def __init__(self, model: ModelConfig, attention: AttentionConfig, sparsity: SparsityConfig, layer: int) -> None:
+    def __init__(self, architecture: Architecture, layer: int) -> None:
         super().__init__()
+        model, attention, sparsity = architecture.model, architecture.attention, architecture.sparsity
         self.attention_norm = build_norm(model.norm, model.hidden_size, model.norm_epsilon)
         self.attention = attention.build(
             dim=model.hidden_size,
@@ -106,11 +109,12 @@ class Decoder(nn.Module):
     recompute: Recompute = Recompute.none
     offload_activations: bool = False
 
-    def __init__(self, model: ModelConfig, attention: AttentionConfig, sparsity: SparsityConfig) -> None:
+    def __init__(self, architecture: Architecture) -> None:
         super().__init__()
+        model = architecture.model
         self.config = model
         self.embedding = nn.Embedding(model.vocab_size, model.hidden_size)
-        self.blocks = nn.ModuleList(Block(model, attention, sparsity, layer) for layer in range(model.num_layers))
+        self.blocks = nn.ModuleList(Block(architecture, layer) for layer in range(model.num_layers))
         self.final_norm = build_norm(model.norm, model.hidden_size, model.norm_epsilon)
         self.head = None if model.tie_embeddings else nn.Linear(model.hidden_size, model.vocab_size, bias=False)
         self.refresh_rope()
@@ -123,17 +127,22 @@ class Decoder(nn.Module):
         for name, table in zip(("cos", "sin"), tables, strict=True):
             self.register_buffer(name, table, persistent=False)
 
-    def forward(self, ids_BT: Tensor, cache: KeyValueCache | None = None) -> ModelOutput:
+    def forward(
+        self,
+        ids_BT: Tensor,
+        cache: KeyValueCache | None = None,
+        *,
+        counts_B: Tensor | None = None,
+        documents_BT: Tensor | None = None,
+    ) -> ModelOutput:
         """Predict the next token at every position of (B, T) int64 ids.
 
-        With a cache the ids continue what it holds, and it is extended by T positions.
+        With a cache the ids continue what it holds, and it is extended by T positions; or by the first `counts_B` of a
+        sequence, where padding follows. `documents_BT` numbers the documents of a text without a cache: no token then
+        sees another document than its own.
         Raises ConfigError when the positions exceed `max_position_embeddings`.
         """
-        start = cache.length if cache is not None else 0
-        stop = start + ids_BT.shape[1]
-        if stop > self.cos.shape[0]:
-            raise ConfigError(f"a sequence must have at most {self.cos.shape[0]} tokens, but has {stop} instead.")
-        context = AttentionContext(self.cos[start:stop], self.sin[start:stop], cache)
+        context = self._context(ids_BT, cache, counts_B, documents_BT)
         x_BTD = self.embedding(ids_BT)
         routings = []
         offloads = self.offload_activations and torch.is_grad_enabled()
@@ -143,9 +152,30 @@ class Decoder(nn.Module):
                 if routing is not None:
                     routings.append(routing)
         if cache is not None:
-            cache.advance(ids_BT.shape[1])
+            cache.advance(ids_BT.shape[1] if counts_B is None else counts_B)
         weight = self.embedding.weight if self.head is None else self.head.weight
         return ModelOutput(self.final_norm(x_BTD), weight, routings)
+
+    def _context(
+        self, ids_BT: Tensor, cache: KeyValueCache | None, counts_B: Tensor | None, documents_BT: Tensor | None
+    ) -> AttentionContext:
+        starts = cache.lengths if cache is not None else 0
+        stops = starts + (ids_BT.shape[1] if counts_B is None else counts_B)
+        stop, limit = int(stops.max()) if isinstance(stops, Tensor) else stops, self.cos.shape[0]
+        if stop > limit:
+            raise ConfigError(f"a sequence must have at most {limit} tokens, but has {stop} instead.")
+        cos, sin = self._tables(starts, ids_BT.shape[1])
+        return AttentionContext(cos=cos, sin=sin, cache=cache, counts=counts_B, documents=documents_BT)
+
+    def _tables(self, starts: int | Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Return cos and sin of `length` positions: (T, C/2), or (B, 1, T, C/2) for sequences that start apart."""
+        if isinstance(starts, int) and starts + length <= self.cos.shape[0]:
+            return self.cos[starts : starts + length], self.sin[starts : starts + length]
+        offsets = torch.arange(length, device=self.cos.device)
+        positions = torch.as_tensor(starts, device=self.cos.device).reshape(-1, 1) + offsets
+        # Padding may reach beyond the last position: it takes that one's angles, which nobody looks at.
+        positions = positions.clamp(max=self.cos.shape[0] - 1)
+        return self.cos[positions][:, None], self.sin[positions][:, None]
 
     def moe_layers(self) -> list[MoELayer]:
         """Return the layers that are mixtures of experts, in the order of an output's `routings`."""
@@ -168,24 +198,14 @@ class Decoder(nn.Module):
                 part.compile()
 
     def new_cache(self, batch_size: int, capacity: int) -> KeyValueCache:
-        """Return an empty cache for `capacity` positions of `batch_size` sequences."""
+        """Return an empty cache for at most `capacity` positions of `batch_size` sequences."""
         weight = self.embedding.weight
-        assert self.config.num_kv_heads is not None and self.config.head_dim is not None
-        return KeyValueCache(
-            num_layers=self.config.num_layers,
-            batch_size=batch_size,
-            num_kv_heads=self.config.num_kv_heads,
-            capacity=capacity,
-            head_dim=self.config.head_dim,
-            dtype=weight.dtype,
-            device=weight.device,
-        )
+        mixers: list[Any] = [block.attention for block in self.blocks]
+        return KeyValueCache([m.new_cache(batch_size, capacity, weight.dtype, weight.device) for m in mixers])
 
 
 def build_model(
-    model: ModelConfig,
-    attention: AttentionConfig,
-    sparsity: SparsityConfig,
+    architecture: Architecture,
     *,
     seed: int = 0,
     device: torch.device | str = "cpu",
@@ -196,10 +216,10 @@ def build_model(
     On the `meta` device nothing is allocated or initialised.
     """
     with torch.device("meta"):
-        decoder = Decoder(model, attention, sparsity)
+        decoder = Decoder(architecture)
     if torch.device(device).type == "meta":
         return decoder.to(dtype)
     decoder = decoder.to(dtype).to_empty(device=device)
     decoder.refresh_rope()
-    initialize(decoder, seed, model.initializer_range, model.num_layers)
+    initialize(decoder, seed, architecture.model.initializer_range, architecture.model.num_layers)
     return decoder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ava_exp.config.architecture import Architecture
 from ava_exp.config.machine import Precision
 from ava_exp.config.model import (
     Activation,
@@ -57,9 +58,7 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    model: ModelConfig,
-    attention: AttentionConfig,
-    sparsity: SparsityConfig,
+    architecture: Architecture,
     *,
     precision: Precision,
     batch_size: int,
@@ -74,7 +73,8 @@ def estimate_memory(
     allocator hardly gives one's place to the other, and with accumulation they do exist together. `copies_state` is for
     checkpoints that are written while training goes on; `on_cpu` adds the process itself.
     """
-    parameters = count_parameters(model, attention, sparsity).total
+    model, attention, sparsity = architecture.model, architecture.attention, architecture.sparsity
+    parameters = count_parameters(architecture).total
     size = WEIGHT_BYTES[precision]
     mixed = precision in (Precision.mixed_fp16, Precision.mixed_bf16)
     wide = mixed or precision is Precision.fp16

@@ -48,9 +48,7 @@ def prepare(config: RunConfig, tell: Callable[[str], None]) -> PreparedData:
 def build_decoder(config: RunConfig, runtime: Runtime, precision: Precision | None = None) -> Decoder:
     """Build the model on the run's device, in the format that `precision` (or the run's own) computes in."""
     return build_model(
-        config.model,
-        config.attention,
-        config.sparsity,
+        config.architecture,
         seed=config.seed,
         device=runtime.device,
         dtype=DTYPES[precision or runtime.precision],
@@ -71,9 +69,7 @@ def build_trained_decoder(config: RunConfig, runtime: Runtime) -> Decoder:
 def predict_memory(config: RunConfig, runtime: Runtime) -> MemoryEstimate:
     """Return what training on the run's device is expected to take."""
     return estimate_memory(
-        config.model,
-        config.attention,
-        config.sparsity,
+        config.architecture,
         precision=runtime.precision,
         batch_size=runtime.resolution.batch_size,
         sequence_length=config.data.sequence_length,
@@ -210,7 +206,7 @@ def build_trainer(
         sinks=sinks,
         device=runtime.device,
         backward=runtime.backward,
-        flops=training_flops(config.model, config.attention, config.sparsity, config.data.sequence_length),
+        flops=training_flops(config.architecture, config.data.sequence_length),
         peak_flops=peak * 1e12 if peak else None,
         surgeon=surgeon,
     )
@@ -234,5 +230,5 @@ def code_fingerprint() -> str:
 
 def sizes(config: RunConfig) -> dict[str, int]:
     """Return total and active parameters."""
-    breakdown = count_parameters(config.model, config.attention, config.sparsity)
+    breakdown = count_parameters(config.architecture)
     return {"total": breakdown.total, "active": breakdown.active}

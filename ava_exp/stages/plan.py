@@ -42,7 +42,7 @@ FITS = "✓"
 def run(config: RunConfig) -> int:
     """Print the plan of this command line. Return the exit code."""
     console = Console(highlight=False)
-    breakdown = count_parameters(config.model, config.attention, config.sparsity)
+    breakdown = count_parameters(config.architecture)
     console.print(_parameter_table(config, breakdown))
     for sentence in _claims(config, breakdown):
         console.print(sentence)
@@ -87,18 +87,16 @@ def _claims(config: RunConfig, breakdown: ParameterBreakdown) -> Iterator[str]:
 
 def _flops(config: RunConfig) -> str:
     length = config.data.sequence_length
-    forward = forward_flops_per_token(config.model, config.attention, config.sparsity, length)
-    training = training_flops_per_token(config.model, config.attention, config.sparsity, length)
+    forward = forward_flops_per_token(config.architecture, length)
+    training = training_flops_per_token(config.architecture, length)
     return f"FLOPs per token at {length} positions: {short(forward)} forward, {short(training)} forward and backward."
 
 
 def device_memory(config: RunConfig, precision: Precision, *, stage: int, offload: bool = False) -> ZeroMemory:
     """Return what one of the run's devices needs at a stage of ZeRO, with or without offload of its optimizer."""
-    layer = layer_parameters(count_parameters(config.model, config.attention, config.sparsity), config.model.num_layers)
+    layer = layer_parameters(count_parameters(config.architecture), config.model.num_layers)
     whole = estimate_memory(
-        config.model,
-        config.attention,
-        config.sparsity,
+        config.architecture,
         precision=precision,
         batch_size=_batch_size(config),
         sequence_length=config.data.sequence_length,

@@ -24,7 +24,7 @@ class Forecast:
 
 def tokens_per_second(config: RunConfig, *, peak_tflops: float, assumed_mfu: float) -> float:
     """Return the rate of all devices together. `peak_tflops` is one device's, in the format that computes."""
-    flops = training_flops_per_token(config.model, config.attention, config.sparsity, config.data.sequence_length)
+    flops = training_flops_per_token(config.architecture, config.data.sequence_length)
     return assumed_mfu * peak_tflops * 1e12 * config.hardware.num_devices / flops
 
 

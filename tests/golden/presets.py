@@ -78,7 +78,7 @@ def _compose(name: str, hardware: str) -> RunConfig:
 
 
 def _size_row(name: str, config: RunConfig) -> list[str]:
-    model, sizes = config.model, count_parameters(config.model, config.attention, config.sparsity)
+    model, sizes = config.model, count_parameters(config.architecture)
     heads = str(model.num_heads)
     if model.num_kv_heads != model.num_heads:
         heads += f" / {model.num_kv_heads}"

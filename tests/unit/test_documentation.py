@@ -181,7 +181,7 @@ def test_the_recipe_for_a_router_works(conf: Path, monkeypatch: pytest.MonkeyPat
     write_yaml(excerpt("yaml", "conf/router/random.yaml"), conf)
 
     config = compose(["debug=default", "router=random", "sparsity.router.moe_top_k=3"])
-    model = build_model(config.model, config.attention, config.sparsity)
+    model = build_model(config.architecture)
     output = model(torch.arange(16)[None])
     assert [int(routing.counts.sum()) for routing in output.routings] == [3 * 16] * config.model.num_layers
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ava_exp.config.model import AttentionBackend
-from ava_exp.nn.attention.context import AttentionContext
+from ava_exp.nn.attention.cache import AttentionContext, Held, LayerCache, visible
 from ava_exp.nn.norm import RMSNorm
 from ava_exp.nn.rope import apply_rope
 
@@ -48,45 +48,53 @@ class GroupedAttention(nn.Module):
         q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         q = apply_rope(self.query_norm(q), context.cos, context.sin)
         k = apply_rope(self.key_norm(k), context.cos, context.sin)
-        if context.cache is not None:
-            k, v = context.cache.extend(self.layer, k, v)
-        y = self._attend(q, k, v)
+        held = Held(k, v, 0) if context.cache is None else context.extend_cache(self.layer, k, v)
+        y = self._attend(q, held, context.documents)
         return self.output(y.transpose(1, 2).reshape(batch, length, -1))  # type: ignore[no-any-return]
 
-    def _attend(self, q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor) -> Tensor:
+    def new_cache(self, batch_size: int, capacity: int, dtype: torch.dtype, device: torch.device) -> LayerCache:
+        """Return an empty cache for at most `capacity` positions of `batch_size` sequences."""
+        return LayerCache(batch_size, self.num_kv_heads, capacity, self.head_dim, dtype, device)
+
+    def _attend(self, q_BHTC: Tensor, held: Held, documents_BT: Tensor | None) -> Tensor:
         dropout = self.attention_dropout if self.training else 0.0
+        length, num_keys = q_BHTC.shape[2], held.keys.shape[2]
+        whole = held.starts == 0 if isinstance(held.starts, int) else False
+        mask = None if whole and documents_BT is None else visible(held, length)
+        if documents_BT is not None:
+            assert whole and mask is not None, "documents are told apart while training only"
+            mask = mask & (documents_BT[:, None, :, None] == documents_BT[:, None, None, :])
         if self.backend is AttentionBackend.plain or (
-            self.backend is AttentionBackend.auto and q_BHTC.device.type == "cpu" and k_BKSC.shape[2] <= PLAIN_LENGTH
+            self.backend is AttentionBackend.auto and q_BHTC.device.type == "cpu" and num_keys <= PLAIN_LENGTH
         ):
-            return plain_attention(q_BHTC, k_BKSC, v_BKSC, dropout)
-        length, num_keys = q_BHTC.shape[2], k_BKSC.shape[2]
-        mask = None if length in (1, num_keys) else causal_mask(length, num_keys, q_BHTC.device)
+            if mask is None and length > 1:
+                mask = visible(held, length)
+            return plain_attention(q_BHTC, held.keys, held.values, mask, dropout)
         return F.scaled_dot_product_attention(
             q_BHTC,
-            k_BKSC,
-            v_BKSC,
+            held.keys,
+            held.values,
             attn_mask=mask,
             dropout_p=dropout,
-            is_causal=length == num_keys and length > 1,
+            is_causal=mask is None and length > 1,
             enable_gqa=self.num_heads != self.num_kv_heads,
         )
 
 
-def causal_mask(length: int, num_keys: int, device: torch.device) -> Tensor:
-    """Return (T, S) booleans, true where one of the last T of S positions may look."""
-    return torch.ones(length, num_keys, dtype=torch.bool, device=device).tril(num_keys - length)
+def plain_attention(
+    q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, mask: Tensor | None, dropout: float = 0.0
+) -> Tensor:
+    """Softmax attention [vaswani2017attention] eq. 1 by two matrix products; makes the (T, S) scores of every head.
 
-
-def plain_attention(q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, dropout: float = 0.0) -> Tensor:
-    """Softmax attention [vaswani2017attention] eq. 1 by two matrix products; makes the (T, S) scores of every head."""
+    `mask` is true where a query sees a key, (T, S) or (B, 1, T, S); None is everywhere.
+    """
     batch, num_heads, length, head_dim = q_BHTC.shape
     num_kv_heads, num_keys = k_BKSC.shape[1], k_BKSC.shape[2]
     # Query heads of one group stand next to each other: fold them into rows of the same product.
     q = q_BHTC.reshape(batch, num_kv_heads, -1, head_dim)
     scores = (q @ k_BKSC.transpose(-1, -2)).view(batch, num_heads, length, num_keys) / math.sqrt(head_dim)
-    if length > 1:
-        bias = torch.zeros(length, num_keys, dtype=scores.dtype, device=scores.device)
-        bias.masked_fill_(~causal_mask(length, num_keys, scores.device), float("-inf"))
-        scores = scores + bias
+    if mask is not None:
+        bias = torch.zeros(mask.shape, dtype=scores.dtype, device=scores.device)
+        scores = scores + bias.masked_fill_(~mask, float("-inf"))
     weights = F.dropout(scores.softmax(dim=-1), dropout)
     return (weights.view(batch, num_kv_heads, -1, num_keys) @ v_BKSC).view(batch, num_heads, length, head_dim)

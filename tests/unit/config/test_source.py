@@ -162,7 +162,7 @@ def test_a_file_that_is_not_utf8_is_named(conf: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("mdoel: {hidden_size: 1}", "in `local/default`: `mdoel` does not exist: did you mean `model`?"),
+        ("mdoel: {hidden_size: 1}", "in `local/default`: `mdoel` does not exist: did you mean `model` or `mod`?"),
         ("model: {hiden_size: 1}", "in `local/default`: `model.hiden_size` does not exist"),
         ("seed: many", "in `local/default`: `seed` must be a whole number, but is 'many' instead."),
     ],

@@ -19,7 +19,7 @@ def complaint(*overrides: str) -> str:
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("modle=small", "`modle` does not exist: did you mean `model`?"),
+        ("modle=small", "`modle` does not exist: did you mean `model` or `mod`?"),
         ("expermient=x", "`expermient` does not exist: did you mean `experiment`"),
         ("weight_decay=1", "`weight_decay` does not exist: did you mean `optimizer.weight_decay`?"),
         ("model=smal", "`model` has no option `smal`: did you mean `small` or `cpu_small`?"),
@@ -44,7 +44,7 @@ def complaint(*overrides: str) -> str:
         ("foo", "`foo` is not `key=value`"),
         ("=3", "`=3` is not `key=value`"),
         ("name=a(b", "if the value is text, quote it twice: 'name=\"a(b\"'."),
-        ("model/x=small", "`model/x` is not a group: did you mean `model`?"),
+        ("model/x=small", "`model/x` is not a group: did you mean `model` or `mod`?"),
     ],
 )
 def test_one_line_says_what_is_wrong_and_what_would_be_right(override: str, expected: str) -> None:

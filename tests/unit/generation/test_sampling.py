@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ava_exp.config.architecture import Architecture
 from ava_exp.config.model import GroupedAttentionConfig, ModelConfig, MoEConfig
 from ava_exp.config.router import TopKRouterConfig
 from ava_exp.errors import UserError
@@ -16,7 +17,9 @@ LOGITS = torch.tensor([[2.0, 0.0, 1.0, -1.0]])
 
 def model() -> Decoder:
     config = ModelConfig(vocab_size=50, hidden_size=16, num_layers=2, num_heads=2, max_position_embeddings=24)
-    return build_model(config, GroupedAttentionConfig(), MoEConfig(router=TopKRouterConfig(), num_experts=4), seed=1)
+    return build_model(
+        Architecture(config, GroupedAttentionConfig(), MoEConfig(router=TopKRouterConfig(), num_experts=4)), seed=1
+    )
 
 
 def kept(**settings: float) -> list[int]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from ava_exp.config.architecture import Architecture
 from ava_exp.config.model import (
     Activation,
     AttentionBackend,
@@ -59,7 +60,7 @@ COMPOSITIONS: list[tuple[dict[str, Any], SparsityConfig, GroupedAttentionConfig]
 
 def build(index: int, **kwargs: Any) -> Decoder:
     changes, sparsity, attention = COMPOSITIONS[index]
-    return build_model(model_config(**changes), attention, sparsity, **kwargs).eval()
+    return build_model(Architecture(model_config(**changes), attention, sparsity), **kwargs).eval()
 
 
 def some_ids(batch: int = 2, length: int = 20) -> torch.Tensor:
@@ -87,7 +88,7 @@ def test_decoding_with_a_cache_equals_the_full_forward(index: int) -> None:
 @pytest.mark.parametrize("index", range(len(COMPOSITIONS)))
 def test_closed_form_parameters(index: int) -> None:
     changes, sparsity, attention = COMPOSITIONS[index]
-    breakdown = count_parameters(model_config(**changes), attention, sparsity)
+    breakdown = count_parameters(Architecture(model_config(**changes), attention, sparsity))
     model = build(index, device="meta")
     assert breakdown.total == sum(p.numel() for p in model.parameters())
     by_part = {part.name: part.total for part in breakdown.parts}
@@ -105,18 +106,20 @@ def test_closed_form_flops(index: int) -> None:
     if isinstance(sparsity, MoEConfig):
         sparsity.dispatch = DispatchBackend.loop
     attention.backend = AttentionBackend.plain
-    model = build_model(config, attention, sparsity).eval()
+    model = build_model(Architecture(config, attention, sparsity)).eval()
     with FlopCounterMode(display=False) as counter:
         assert model(some_ids(2, length)).logits.shape == (2, length, 96)
     assert config.head_dim is not None
     beyond_causal = 4 * config.num_layers * config.num_heads * config.head_dim * (length - (length + 1) / 2)
-    ours = forward_flops_per_token(config, attention, sparsity, length) + beyond_causal
+    ours = forward_flops_per_token(Architecture(config, attention, sparsity), length) + beyond_causal
     assert counter.get_total_flops() == ours * 2 * length
 
 
 def test_active_parameters_count_the_chosen_experts_only() -> None:
     config, attention = model_config(), GroupedAttentionConfig()
-    one, two = (count_parameters(config, attention, moe(router=TopKRouterConfig(moe_top_k=k))) for k in (1, 2))
+    one, two = (
+        count_parameters(Architecture(config, attention, moe(router=TopKRouterConfig(moe_top_k=k)))) for k in (1, 2)
+    )
     assert two.total == one.total
     assert two.active - one.active == 3 * 3 * 32 * 40
 
@@ -131,7 +134,7 @@ def test_the_same_seed_gives_the_same_start_and_sparsity_leaves_the_rest_alone()
 
 def test_residual_outputs_start_smaller() -> None:
     model = build_model(
-        model_config(hidden_size=128, intermediate_size=512, head_dim=32), GroupedAttentionConfig(), moe()
+        Architecture(model_config(hidden_size=128, intermediate_size=512, head_dim=32), GroupedAttentionConfig(), moe())
     )
     experts = model.get_submodule("blocks.0.feed_forward.experts")
     ratio = experts.get_parameter("down").std() / experts.get_parameter("up").std()

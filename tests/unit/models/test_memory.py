@@ -11,6 +11,7 @@ from torch import Tensor
 import ava_exp.losses.cross_entropy
 import ava_exp.nn.attention.grouped
 import ava_exp.nn.moe.dispatch
+from ava_exp.config.architecture import Architecture
 from ava_exp.config.machine import Precision
 from ava_exp.config.model import (
     Activation,
@@ -67,16 +68,18 @@ def kept_bytes(model: Decoder, ids: Tensor) -> int:
 def test_activations_are_what_autograd_keeps(index: int, precision: Precision) -> None:
     model, attention, sparsity = COMPOSITIONS[index]
     dtype = torch.float32 if precision is Precision.fp32 else torch.bfloat16
-    built = build_model(model, attention, sparsity, dtype=dtype).train()
+    built = build_model(Architecture(model, attention, sparsity), dtype=dtype).train()
     ids = torch.randint(0, 500, (4, 256), generator=torch.Generator().manual_seed(0))
-    estimate = estimate_memory(model, attention, sparsity, precision=precision, batch_size=4, sequence_length=256)
+    estimate = estimate_memory(
+        Architecture(model, attention, sparsity), precision=precision, batch_size=4, sequence_length=256
+    )
     of_one_block = 1 + 1 / model.num_layers  # the gradients that the backward pass works with
     assert estimate.activations == pytest.approx(kept_bytes(built, ids) * of_one_block, rel=0.1)
 
 
 def estimate_of(precision: Precision = Precision.fp32, **settings: Any) -> MemoryEstimate:
     sizes = {"batch_size": 4, "sequence_length": 256}
-    return estimate_memory(*COMPOSITIONS[0], precision=precision, **sizes | settings)
+    return estimate_memory(Architecture(*COMPOSITIONS[0]), precision=precision, **sizes | settings)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +94,7 @@ def estimate_of(precision: Precision = Precision.fp32, **settings: Any) -> Memor
 def test_weights_and_states_are_exact(precision: Precision, masters: bool, wide_states: bool) -> None:
     model, attention, sparsity = COMPOSITIONS[0]
     dtype = {Precision.fp32: torch.float32, Precision.fp16: torch.float16}.get(precision, torch.bfloat16)
-    built = build_model(model, attention, sparsity, dtype=dtype)
+    built = build_model(Architecture(model, attention, sparsity), dtype=dtype)
     updater = Updater(
         built,
         lambda groups: torch.optim.AdamW(groups, fused=True),
@@ -125,8 +128,7 @@ def test_recomputation_keeps_less_and_less() -> None:
     assert full < selective < none
     deep = [
         estimate_memory(
-            config(num_layers=n),
-            *COMPOSITIONS[0][1:],
+            Architecture(config(num_layers=n), *COMPOSITIONS[0][1:]),
             precision=Precision.fp32,
             batch_size=4,
             sequence_length=256,
@@ -140,7 +142,7 @@ def test_recomputation_keeps_less_and_less() -> None:
 def test_logits_are_those_of_one_slice() -> None:
     large = config(vocab_size=2**16)
     sizes = {"precision": Precision.fp32, "sequence_length": 256}
-    few, many = (estimate_memory(large, *COMPOSITIONS[0][1:], batch_size=b, **sizes) for b in (1, 64))  # type: ignore[arg-type]
+    few, many = (estimate_memory(Architecture(large, *COMPOSITIONS[0][1:]), batch_size=b, **sizes) for b in (1, 64))  # type: ignore[arg-type]
     assert few.logits == many.logits == 4 * (2**24 + 2**16 * 256)
 
 
@@ -149,7 +151,7 @@ def test_all_parts_are_added_up() -> None:
     parts = {name: getattr(estimate, name) for name in MemoryEstimate.__slots__}
     assert all(parts.values()) and estimate.total == sum(parts.values())
     assert estimate_of(on_cpu=False).process == 0
-    assert estimate.weights == 2 * count_parameters(*COMPOSITIONS[0]).total
+    assert estimate.weights == 2 * count_parameters(Architecture(*COMPOSITIONS[0])).total
 
 
 def test_its_constants_are_those_of_the_code() -> None:

@@ -36,13 +36,13 @@ def preset(name: str) -> RunConfig:
 
 def sizes(name: str) -> ParameterBreakdown:
     config = preset(name)
-    return count_parameters(config.model, config.attention, config.sparsity)
+    return count_parameters(config.architecture)
 
 
 @pytest.mark.parametrize("name", option_names("model"))
 def test_the_built_preset_has_its_closed_form(name: str) -> None:
     config = preset(name)
-    model = build_model(config.model, config.attention, config.sparsity, device="meta")
+    model = build_model(config.architecture, device="meta")
     assert config.model.preset == name
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     assert sum(parameter.numel() for parameter in model.parameters()) == sizes(name).total

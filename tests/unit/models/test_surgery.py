@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ava_exp.config.architecture import Architecture
 from ava_exp.config.model import GroupedAttentionConfig, ModelConfig, MoEConfig, Overflow, SharedProjection
 from ava_exp.config.router import (
     DeepSeekRouterConfig,
@@ -84,7 +85,7 @@ class Patient:
         )
         self.sparsity = MoEConfig(num_experts=num_experts, router=router, **moe)
         dtype, masters = FORMATS[precision]
-        self.model = build_model(self.dimensions, GroupedAttentionConfig(), self.sparsity, dtype=dtype)
+        self.model = build_model(Architecture(self.dimensions, GroupedAttentionConfig(), self.sparsity), dtype=dtype)
         optimizer = AdamWConfig(learning_rate=1e-2)
         self.updater = Updater(
             self.model,
@@ -286,7 +287,7 @@ def test_a_step_after_surgery_equals_that_of_a_model_built_in_the_new_shape(
     for step in (2, 3):
         assert operated.train(step) == built.train(step)
     assert_same(operated.everything(), built.everything())
-    sizes = count_parameters(built.dimensions, GroupedAttentionConfig(), built.sparsity)
+    sizes = count_parameters(Architecture(built.dimensions, GroupedAttentionConfig(), built.sparsity))
     parameters = count_parameters_of(operated.model)
     assert (parameters.total, parameters.active) == (sizes.total, sizes.active)
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ava_exp.config.architecture import Architecture
 from ava_exp.config.model import (
     Activation,
     DispatchBackend,
@@ -118,7 +119,7 @@ def teach(router: Router) -> None:
 
 def build_decoder(router: str | RouterConfig, overflow: Overflow | None = None, **changes: Any) -> Decoder:
     """Return a decoder at inference, taught; `changes` are of its sparsity."""
-    model = build_model(model_config(), GroupedAttentionConfig(), moe_config(router, overflow, **changes))
+    model = build_model(Architecture(model_config(), GroupedAttentionConfig(), moe_config(router, overflow, **changes)))
     for layer in model.moe_layers():
         layer.router.weight.data.mul_(40)
         layer.experts.down.data.mul_(500)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ava_exp.config.model import AttentionBackend
-from ava_exp.nn.attention.context import AttentionContext, KeyValueCache
+from ava_exp.nn.attention.cache import AttentionContext, KeyValueCache
 from ava_exp.nn.attention.grouped import GroupedAttention, plain_attention
 from ava_exp.nn.rope import apply_rope, rope_tables
 
@@ -33,14 +33,14 @@ def build(backend: AttentionBackend, num_kv_heads: int = 2, qk_norm: bool = Fals
 
 def context(length: int, start: int = 0, cache: KeyValueCache | None = None) -> AttentionContext:
     cos, sin = rope_tables(64, 8, 10_000.0)
-    return AttentionContext(cos[start : start + length], sin[start : start + length], cache)
+    return AttentionContext(cos=cos[start : start + length], sin=sin[start : start + length], cache=cache)
 
 
 def test_plain_attention_equals_a_loop_over_positions() -> None:
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(2, 4, 6, 8, generator=generator)
     k, v = torch.randn(2, 2, 6, 8, generator=generator), torch.randn(2, 2, 6, 8, generator=generator)
-    y = plain_attention(q, k, v)
+    y = plain_attention(q, k, v, torch.ones(6, 6, dtype=torch.bool).tril())
     for batch in range(2):
         for head in range(4):
             for t in range(6):
@@ -57,7 +57,7 @@ def test_back_ends_agree_with_and_without_cache(num_kv_heads: int, qk_norm: bool
     for backend in (AttentionBackend.sdpa, AttentionBackend.plain):
         layer = build(backend, num_kv_heads, qk_norm)
         whole = layer(x, context(10))
-        cache = KeyValueCache(1, 2, num_kv_heads, 10, 8, torch.float32, torch.device("cpu"))
+        cache = KeyValueCache([layer.new_cache(2, 10, torch.float32, torch.device("cpu"))])
         parts = []
         for start, stop in ((0, 4), (4, 5), (5, 10)):
             parts.append(layer(x[:, start:stop], context(stop - start, start, cache)))
@@ -68,9 +68,10 @@ def test_back_ends_agree_with_and_without_cache(num_kv_heads: int, qk_norm: bool
 
 
 def test_a_full_cache_refuses_more() -> None:
-    cache = KeyValueCache(1, 1, 2, 4, 8, torch.float32, torch.device("cpu"))
+    layer = build(AttentionBackend.plain)
+    cache = KeyValueCache([layer.new_cache(1, 4, torch.float32, torch.device("cpu"))])
     with pytest.raises(ValueError, match="holds 4 positions, but 5"):
-        build(AttentionBackend.plain)(torch.zeros(1, 5, 32), context(5, 0, cache))
+        layer(torch.zeros(1, 5, 32), context(5, 0, cache))
 
 
 def test_rope_is_a_rotation_by_position() -> None:

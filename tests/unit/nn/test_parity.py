@@ -16,6 +16,7 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
+from ava_exp.config.architecture import Architecture
 from ava_exp.config.model import DispatchBackend, GroupedAttentionConfig
 from ava_exp.config.router import DeepSeekRouterConfig, RouterConfig, TopKRouterConfig
 from ava_exp.models.decoder import build_model
@@ -138,7 +139,7 @@ def test_deepseek_v3(
 
 def test_the_whole_of_mixtral() -> None:
     model = model_config(num_heads=4, num_kv_heads=2, hidden_size=16, initializer_range=0.3, tie_embeddings=False)
-    decoder = build_model(model, GroupedAttentionConfig(), moe_config(TopKRouterConfig())).eval()
+    decoder = build_model(Architecture(model, GroupedAttentionConfig(), moe_config(TopKRouterConfig()))).eval()
     config = MixtralConfig(
         vocab_size=model.vocab_size,
         hidden_size=model.hidden_size,

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ava_exp.nn.recompute as module
+from ava_exp.config.architecture import Architecture
 from ava_exp.config.model import DenseConfig, GroupedAttentionConfig, ModelConfig, MoEConfig
 from ava_exp.config.router import TopKRouterConfig
 from ava_exp.config.training import Recompute
@@ -31,7 +32,9 @@ def build(sparsity: Any = ROUTED, dtype: torch.dtype = torch.float32, **settings
         max_position_embeddings=64,
         dropout=0.2,
     )
-    model = build_model(config, GroupedAttentionConfig(attention_dropout=0.1), sparsity, dtype=dtype).train()
+    model = build_model(
+        Architecture(config, GroupedAttentionConfig(attention_dropout=0.1), sparsity), dtype=dtype
+    ).train()
     for name, value in settings.items():
         setattr(model, name, value)
     return model

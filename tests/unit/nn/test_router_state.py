@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from ava_exp.config.architecture import Architecture
 from ava_exp.config.model import (
     Activation,
     GroupedAttentionConfig,
@@ -61,8 +62,8 @@ def test_bf16_is_close_to_fp32(name: str, overflow: Overflow | None, activation:
 @pytest.mark.parametrize("name", WITH_STATE)
 def test_what_a_router_learned_keeps_its_format(name: str) -> None:
     """Steps of 0.001 would vanish in bf16."""
-    sparsity, arguments = moe_config(name), (model_config(), GroupedAttentionConfig())
-    built = build_model(*arguments, sparsity, dtype=torch.bfloat16)  # by way of `meta`, `to` and `to_empty`
+    architecture = Architecture(model_config(), GroupedAttentionConfig(), moe_config(name))
+    built = build_model(architecture, dtype=torch.bfloat16)  # by way of `meta`, `to` and `to_empty`
     copied = copy.deepcopy(build_decoder(name)).to(torch.bfloat16)
     for model in (built, copied, copied.half(), build_decoder(name).to(device="cpu", dtype=torch.bfloat16)):
         assert next(model.parameters()).dtype in (torch.bfloat16, torch.float16)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from ava_exp.config.architecture import Architecture
 from ava_exp.config.model import (
     Activation,
     AttentionBackend,
@@ -148,8 +149,8 @@ def test_capacity_is_rounded_up(num_tokens: int, factor: float, expected: int) -
 @pytest.mark.parametrize(("name", "overflow", "activation"), ALL_CASES, ids=case_id)
 def test_closed_form_parameters(name: str, overflow: Overflow | None, activation: Activation) -> None:
     model, sparsity = model_config(activation=activation), moe_config(name, overflow)
-    breakdown = count_parameters(model, GroupedAttentionConfig(), sparsity)
-    decoder = build_model(model, GroupedAttentionConfig(), sparsity, device="meta")
+    breakdown = count_parameters(Architecture(model, GroupedAttentionConfig(), sparsity))
+    decoder = build_model(Architecture(model, GroupedAttentionConfig(), sparsity), device="meta")
     assert breakdown.total == sum(parameter.numel() for parameter in decoder.parameters())
     (router,) = (part for part in breakdown.parts if part.name == "router")
     assert router.total == sum(layer.router.weight.numel() for layer in decoder.moe_layers())
@@ -160,7 +161,7 @@ def test_closed_form_flops(name: str, overflow: Overflow | None, activation: Act
     """By the visits that were made. torch counts all positions of attention, where ours are causal."""
     model, sparsity, length = model_config(activation=activation), moe_config(name, overflow), 12
     attention = GroupedAttentionConfig(backend=AttentionBackend.plain)
-    decoder = build_model(model, attention, sparsity)
+    decoder = build_model(Architecture(model, attention, sparsity))
     residual_tokens = 0
 
     def count_residual(module: torch.nn.Module, inputs: tuple[Tensor]) -> None:
@@ -173,7 +174,7 @@ def test_closed_form_flops(name: str, overflow: Overflow | None, activation: Act
     with FlopCounterMode(display=False) as counter:
         output = decoder(some_ids(2, length))
         assert output.logits.isfinite().all()
-    flops = training_flops(model, attention, sparsity, length)
+    flops = training_flops(Architecture(model, attention, sparsity), length)
     visits = sum(int(routing.counts.sum()) for routing in output.routings)
     assert model.head_dim is not None
     beyond_causal = 4 * model.num_layers * model.num_heads * model.head_dim * (length - (length + 1) / 2)
@@ -195,13 +196,15 @@ VARIANTS: list[dict[str, Any]] = [
 def test_closed_forms_of_variants(changes: dict[str, Any], activation: Activation) -> None:
     model, sparsity, length = model_config(activation=activation), moe_config("deepseek", **changes), 12
     attention = GroupedAttentionConfig(backend=AttentionBackend.plain)
-    decoder = build_model(model, attention, sparsity)
-    assert count_parameters(model, attention, sparsity).total == sum(p.numel() for p in decoder.parameters())
+    decoder = build_model(Architecture(model, attention, sparsity))
+    assert count_parameters(Architecture(model, attention, sparsity)).total == sum(
+        p.numel() for p in decoder.parameters()
+    )
     with FlopCounterMode(display=False) as counter:
         assert decoder(some_ids(1, length)).logits.isfinite().all()
     assert model.head_dim is not None
     beyond_causal = 4 * model.num_layers * model.num_heads * model.head_dim * (length - (length + 1) / 2)
-    expected = forward_flops_per_token(model, attention, sparsity, length) + beyond_causal
+    expected = forward_flops_per_token(Architecture(model, attention, sparsity), length) + beyond_causal
     assert counter.get_total_flops() == expected * length
 
 

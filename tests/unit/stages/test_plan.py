@@ -104,9 +104,7 @@ def test_memory_is_divided_among_the_devices(planned: CommandLine) -> None:
     parameters = 510_549_504
     config = compose(["~local", *arguments])
     whole = estimate_memory(
-        config.model,
-        config.attention,
-        config.sparsity,
+        config.architecture,
         precision=Precision.mixed_bf16,
         batch_size=1,
         sequence_length=64,
@@ -126,7 +124,7 @@ def test_memory_is_divided_among_the_devices(planned: CommandLine) -> None:
     for row, size in expected.items():
         assert cells(text, row)[1] == f"{(size + undivided) / 2**30:.2f} ✓", row
     assert cells(text, "host memory of offload")[1] == f"{12 * parameters / 8 / 2**30:.2f}"
-    assert count_parameters(config.model, config.attention, config.sparsity).total == parameters
+    assert count_parameters(config.architecture).total == parameters
 
 
 def test_one_device_has_no_stages_to_choose_from(planned: CommandLine) -> None:

@@ -14,12 +14,12 @@ TOKENS_PER_STEP = 8 * 4 * 100
 
 def forecast_at(tokens_per_s: float, *overrides: str) -> Forecast | None:
     config = compose(["~local", *SHAPE, *overrides])
-    return forecast(config, count_parameters(config.model, config.attention, config.sparsity), tokens_per_s)
+    return forecast(config, count_parameters(config.architecture), tokens_per_s)
 
 
 def test_the_rate_is_the_assumed_share_of_all_peaks() -> None:
     config = compose(["~local", "hardware=8xh100"])
-    flops = training_flops_per_token(config.model, config.attention, config.sparsity, config.data.sequence_length)
+    flops = training_flops_per_token(config.architecture, config.data.sequence_length)
     rate = tokens_per_second(config, peak_tflops=2.0, assumed_mfu=0.25)
     assert rate * flops == pytest.approx(0.25 * 8 * 2e12)
 

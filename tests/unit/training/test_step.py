@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from ava_exp.config.architecture import Architecture
 from ava_exp.config.model import GroupedAttentionConfig, MoEConfig
 from ava_exp.config.router import (
     BalanceScope,
@@ -44,7 +45,7 @@ class KeepsGradients(Updater):
 
 def step(router: RouterConfig, batches: list[Batch], applied: bool = True) -> tuple[Decoder, StepMetrics]:
     sparsity: MoEConfig = moe_config(router)
-    model = build_model(model_config(initializer_range=0.3), GroupedAttentionConfig(), sparsity)
+    model = build_model(Architecture(model_config(initializer_range=0.3), GroupedAttentionConfig(), sparsity))
     optimizer: Any = lambda groups: torch.optim.SGD(groups, lr=1.0)  # noqa: E731
     updater = KeepsGradients(model, optimizer, weight_decay=0.0, master_weights=False)
     updater.applied = applied

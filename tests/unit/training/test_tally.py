@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from ava_exp.config.architecture import Architecture
 from ava_exp.config.base import ComponentConfig
 from ava_exp.config.model import DenseConfig, GroupedAttentionConfig, ModelConfig, MoEConfig
 from ava_exp.config.router import (
@@ -133,7 +134,7 @@ def moe(router: Any = None, **settings: Any) -> MoEConfig:
 
 def test_accumulation_counts_what_one_big_batch_counts() -> None:
     sparsity = moe()
-    model = build_model(DIMENSIONS, GroupedAttentionConfig(), sparsity, seed=1)
+    model = build_model(Architecture(DIMENSIONS, GroupedAttentionConfig(), sparsity), seed=1)
     whole = tally_of(copy.deepcopy(model), sparsity, batches(1, 8))
     parts = tally_of(copy.deepcopy(model), sparsity, batches(4, 2))
     assert parts.visits() == whole.visits()
@@ -146,7 +147,7 @@ def test_accumulation_counts_what_one_big_batch_counts() -> None:
 @pytest.mark.parametrize("capacity_factor", [None, 0.8])
 def test_recomputed_activations_are_counted_once(reentrant: bool, capacity_factor: float | None) -> None:
     sparsity = moe(capacity_factor=capacity_factor)
-    model = build_model(DIMENSIONS, GroupedAttentionConfig(), sparsity, seed=1)
+    model = build_model(Architecture(DIMENSIONS, GroupedAttentionConfig(), sparsity), seed=1)
     plain = tally_of(copy.deepcopy(model), sparsity, batches(2, 4))
     num_forwards = 0
 
@@ -185,7 +186,7 @@ class Loader:
 
 
 def trained(sparsity: MoEConfig | DenseConfig) -> tuple[Trainer, list[Record]]:
-    model = build_model(DIMENSIONS, GroupedAttentionConfig(), sparsity, seed=1)
+    model = build_model(Architecture(DIMENSIONS, GroupedAttentionConfig(), sparsity), seed=1)
     optimizer, records = AdamWConfig(learning_rate=1e-3), list[Record]()
     trainer = Trainer(
         model,

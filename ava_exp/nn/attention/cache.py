@@ -1,0 +1,251 @@
+"""Keys and values of what a decoder has read, so that going on costs the new tokens only.
+
+A layer keeps an entry for every token that it processed, in the order of the text. Sequences, and layers that tokens
+may skip, hold different numbers of them; what lies behind a sequence's entries is never looked at.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SMALLEST_CAPACITY = 64
+"""Entries that a layer makes room for at first; room doubles when it runs out."""
+
+
+@dataclass(slots=True, frozen=True)
+class Held:
+    """What R sequences hold after T entries were added: keys and values (R, K, S, C).
+
+    `starts` says at which entry the new ones of a sequence begin: one number, or (R,) where sequences differ. The i-th
+    new entry of a sequence sees the entries up to `starts + i`.
+    """
+
+    keys: Tensor
+    values: Tensor
+    starts: int | Tensor
+
+
+class LayerCache:
+    """Keys and values that one layer computed for B sequences.
+
+    `lengths` is the number of entries: one number as long as it is the same for all sequences, else (B,) int64.
+    """
+
+    def __init__(
+        self, batch_size: int, num_kv_heads: int, capacity: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.capacity = capacity
+        self.lengths: int | Tensor = 0
+        shape = (batch_size, num_kv_heads, 0, head_dim)
+        self.keys, self.values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+        self.positions: Tensor | None = None
+        """Shape (B, room), int64: where in its text each entry stands; None as long as that is its own number."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that keys and values occupy, room for growth included."""
+        return 2 * self.keys.numel() * self.keys.element_size()
+
+    def extend(
+        self,
+        k_RKTC: Tensor,
+        v_RKTC: Tensor,
+        *,
+        rows: Tensor | None = None,
+        counts: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Held:
+        """Add T entries to the sequences `rows` (R,), all of them by default, and return what these then hold.
+
+        Of sequence r only the first `counts[r]` count: what follows is padding, and overwritten by what is added next.
+        `positions` (R, T) are needed where tokens skip the layer. Raises ValueError when the capacity is exceeded.
+        """
+        length = k_RKTC.shape[2]
+        if rows is None and counts is None and isinstance(self.lengths, int):
+            start, stop = self.lengths, self.lengths + length
+            self._reserve(stop)
+            self.keys[:, :, start:stop], self.values[:, :, start:stop] = k_RKTC, v_RKTC
+            self._keep_positions(slice(None), slice(start, stop), positions)
+            self.lengths = stop
+            return Held(self.keys[:, :, :stop], self.values[:, :, :stop], start)
+        return self._extend_ragged(k_RKTC, v_RKTC, rows, counts, positions)
+
+    def _extend_ragged(
+        self, k_RKTC: Tensor, v_RKTC: Tensor, rows: Tensor | None, counts: Tensor | None, positions: Tensor | None
+    ) -> Held:
+        device, length = self.keys.device, k_RKTC.shape[2]
+        lengths = self.ragged_lengths()
+        rows = torch.arange(len(lengths), device=device) if rows is None else rows
+        starts = lengths[rows]
+        stops = starts + (length if counts is None else counts)
+        self._reserve(int(stops.max()) if len(rows) else 0, int(starts.max()) + length if len(rows) else 0)
+        entries_RT = starts[:, None] + torch.arange(length, device=device)
+        self.keys[rows[:, None], :, entries_RT] = k_RKTC.transpose(1, 2)
+        self.values[rows[:, None], :, entries_RT] = v_RKTC.transpose(1, 2)
+        self._keep_positions(rows[:, None], entries_RT, positions)
+        self.lengths = lengths.index_copy(0, rows, stops)
+        longest = int(stops.max()) if len(rows) else 0
+        return Held(self.keys[rows, :, :longest], self.values[rows, :, :longest], starts)
+
+    def ragged_lengths(self) -> Tensor:
+        """Return the number of entries of every sequence, (B,) int64."""
+        if isinstance(self.lengths, Tensor):
+            return self.lengths
+        return torch.full((self.keys.shape[0],), self.lengths, dtype=torch.int64, device=self.keys.device)
+
+    def truncate(self, lengths: int | Tensor) -> None:
+        """Forget what stands at position `lengths` or later in the text; (B,) where sequences differ."""
+        if self.positions is None:
+            if isinstance(lengths, int) and isinstance(self.lengths, int):
+                self.lengths = min(self.lengths, lengths)
+            else:
+                limits = torch.as_tensor(lengths, device=self.keys.device)
+                self.lengths = torch.minimum(self.ragged_lengths(), limits)
+            return
+        limits = torch.as_tensor(lengths, device=self.keys.device).expand(self.keys.shape[0])
+        entries = torch.arange(self.positions.shape[1], device=self.keys.device)
+        kept = (entries < self.ragged_lengths()[:, None]) & (self.positions < limits[:, None])
+        self.lengths = kept.sum(dim=1)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the sequences `rows` (R,) int64, in that order; one may occur several times."""
+        self.keys, self.values = self.keys[rows], self.values[rows]
+        if isinstance(self.lengths, Tensor):
+            self.lengths = self.lengths[rows]
+        if self.positions is not None:
+            self.positions = self.positions[rows]
+
+    def _reserve(self, needed: int, room: int = 0) -> None:
+        """Make room for `room` entries, of which `needed` are no padding."""
+        if needed > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} positions, but {needed} are needed")
+        old, room = self.keys.shape[2], max(needed, room)
+        if room <= old:
+            return
+        wanted = max(room, min(self.capacity, max(SMALLEST_CAPACITY, 2 * old)))
+        self.keys, self.values = (_enlarged(buffer, 2, wanted) for buffer in (self.keys, self.values))
+        if self.positions is not None:
+            self.positions = _enlarged(self.positions, 1, wanted)
+
+    def _keep_positions(self, rows: Tensor | slice, entries: Tensor | slice, positions: Tensor | None) -> None:
+        if positions is None and self.positions is None:
+            return
+        assert positions is not None, "a layer that tokens skip needs the position of every token"
+        if self.positions is None:
+            size, room = self.keys.shape[0], self.keys.shape[2]
+            self.positions = torch.arange(room, device=self.keys.device).repeat(size, 1)
+        self.positions[rows, entries] = positions
+
+
+def _enlarged(buffer: Tensor, dim: int, size: int) -> Tensor:
+    shape = list(buffer.shape)
+    shape[dim] = size
+    wider = torch.empty(shape, dtype=buffer.dtype, device=buffer.device)
+    wider.narrow(dim, 0, buffer.shape[dim]).copy_(buffer)
+    return wider
+
+
+@dataclass(slots=True)
+class KeyValueCache:
+    """The caches of all layers. `lengths` counts the tokens read so far: one number, or (B,) where sequences differ."""
+
+    layers: Sequence[LayerCache]
+    lengths: int | Tensor = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that all layers occupy."""
+        return sum(layer.num_bytes for layer in self.layers)
+
+    def advance(self, num_tokens: int | Tensor) -> None:
+        """Count tokens as read, once every layer has processed them."""
+        self.lengths = self.lengths + num_tokens
+
+    def truncate(self, lengths: int | Tensor) -> None:
+        """Forget everything from position `lengths` on; (B,) where sequences differ."""
+        self.lengths = lengths
+        for layer in self.layers:
+            layer.truncate(lengths)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the sequences `rows` (R,) int64, in that order; one may occur several times."""
+        if isinstance(self.lengths, Tensor):
+            self.lengths = self.lengths[rows]
+        for layer in self.layers:
+            layer.select(rows)
+
+
+@dataclass(slots=True, kw_only=True)
+class AttentionContext:
+    """What an attention layer needs besides its input (R, T, D); shared by the layers, unless tokens skip some.
+
+    `cos` and `sin` are (T, C/2), or (R, 1, T, C/2) where sequences stand at different positions.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    cache: KeyValueCache | None = None
+    rows: Tensor | None = None
+    """Shape (R,), int64: which of the cache's sequences the input is of; None is all."""
+    counts: Tensor | None = None
+    """Shape (R,), int64: how many of its T tokens a sequence really has, padding follows; None is all."""
+    positions: Tensor | None = None
+    """Shape (R, T), int64: where in its text each token stands; None is one after the other."""
+    documents: Tensor | None = None
+    """Shape (R, T), int64: tokens see their own document only; None is all that comes before."""
+
+    def extend_cache(self, layer: int, k_RKTC: Tensor, v_RKTC: Tensor) -> Held:
+        """Add keys and values to the cache of a layer and return all that it then holds."""
+        assert self.cache is not None
+        return self.cache.layers[layer].extend(
+            k_RKTC, v_RKTC, rows=self.rows, counts=self.counts, positions=self.positions
+        )
+
+    def of(self, tokens_RM: Tensor, *, rows: Tensor | None = None, counts: Tensor | None = None) -> AttentionContext:
+        """Return the context of `tokens_RM`, indices int64 into the T tokens of the sequences `rows`.
+
+        Of sequence r the first `counts[r]` tokens are real, in the order of the text; padding follows.
+        """
+        per_sequence = self.cos.ndim == 4
+        batch = torch.arange(tokens_RM.shape[0], device=tokens_RM.device) if rows is None else rows
+        if per_sequence:
+            cos, sin = (table[batch[:, None], 0, tokens_RM][:, None] for table in (self.cos, self.sin))
+        else:
+            cos, sin = (table[tokens_RM][:, None] for table in (self.cos, self.sin))
+        start = self.cache.lengths if self.cache is not None else 0
+        if self.positions is not None:
+            positions = self.positions[batch[:, None], tokens_RM]
+        else:
+            positions = tokens_RM + (start[batch][:, None] if isinstance(start, Tensor) else start)
+        own_rows = rows if self.rows is None or rows is None else self.rows[rows]
+        return dataclasses.replace(
+            self,
+            cos=cos,
+            sin=sin,
+            rows=self.rows if rows is None else own_rows,
+            counts=counts,
+            positions=positions,
+            documents=None if self.documents is None else self.documents[batch[:, None], tokens_RM],
+        )
+
+
+def visible(held: Held, length: int, window: int | None = None) -> Tensor | None:
+    """Return which of the S entries each of T new ones sees: (T, S) or (R, 1, T, S) booleans.
+
+    None stands for what needs no mask: one new entry that sees all. `window` limits the view to as many entries.
+    """
+    num_keys, device = held.keys.shape[2], held.keys.device
+    if length == 1 and isinstance(held.starts, int) and (window is None or num_keys <= window):
+        return None
+    starts = torch.as_tensor(held.starts, device=device)
+    last = starts.reshape(-1, 1, 1) + torch.arange(length, device=device)[:, None]  # (R or 1, T, 1)
+    entries = torch.arange(num_keys, device=device)
+    seen = entries <= last
+    if window is not None:
+        seen &= entries > last - window
+    return seen[0] if isinstance(held.starts, int) else seen[:, None]
