@@ -20,7 +20,7 @@ _MODULES = {
     "StdlibConfig": "config.data",
     "Activation": "config.model",
     "DenseConfig": "config.model",
-    "GroupedAttentionConfig": "config.model",
+    "GroupedAttentionConfig": "config.attention",
     "MoEConfig": "config.model",
     "ModelConfig": "config.model",
     "Norm": "config.model",
@@ -64,6 +64,7 @@ _MODULES = {
 
 if TYPE_CHECKING:
     from ava_exp.config.architecture import Architecture as Architecture
+    from ava_exp.config.attention import GroupedAttentionConfig as GroupedAttentionConfig
     from ava_exp.config.compose import compose as compose
     from ava_exp.config.data import BPEConfig as BPEConfig
     from ava_exp.config.data import FilesConfig as FilesConfig
@@ -71,7 +72,6 @@ if TYPE_CHECKING:
     from ava_exp.config.data import StdlibConfig as StdlibConfig
     from ava_exp.config.model import Activation as Activation
     from ava_exp.config.model import DenseConfig as DenseConfig
-    from ava_exp.config.model import GroupedAttentionConfig as GroupedAttentionConfig
     from ava_exp.config.model import ModelConfig as ModelConfig
     from ava_exp.config.model import MoEConfig as MoEConfig
     from ava_exp.config.model import Norm as Norm

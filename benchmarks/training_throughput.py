@@ -24,8 +24,9 @@ import torch
 import torch.nn.functional as F
 
 from ava_exp.config.architecture import Architecture
+from ava_exp.config.attention import GroupedAttentionConfig
 from ava_exp.config.data import BPEConfig, StdlibConfig
-from ava_exp.config.model import GroupedAttentionConfig, ModelConfig, MoEConfig
+from ava_exp.config.model import ModelConfig, MoEConfig
 from ava_exp.config.router import TopKRouterConfig
 from ava_exp.config.training import AdamWConfig
 from ava_exp.data.loader import BatchLoader

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ava_exp.config.attention import AttentionConfig, GroupedAttentionConfig
 from ava_exp.config.mod import ModConfig, NoModConfig
-from ava_exp.config.model import AttentionConfig, DenseConfig, GroupedAttentionConfig, ModelConfig, SparsityConfig
+from ava_exp.config.model import DenseConfig, ModelConfig, SparsityConfig
 from ava_exp.config.prediction import NextTokenConfig, PredictionConfig
 
 

@@ -1,14 +1,12 @@
-"""Configuration of the decoder, of its attention and of its sparsity."""
+"""Configuration of the decoder and of its sparsity."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import ClassVar
 
 from omegaconf import MISSING
 
-from ava_exp.config.base import ComponentConfig
 from ava_exp.config.router import RouterConfig
 
 
@@ -76,30 +74,6 @@ class ModelConfig:
                 self.intermediate_size = -(-8 * self.hidden_size // (3 * 256)) * 256
             else:
                 self.intermediate_size = 4 * self.hidden_size
-
-
-class AttentionBackend(Enum):
-    """How softmax attention is computed: chosen by device and length, torch's fused product, or plain products."""
-
-    auto = "auto"
-    sdpa = "sdpa"
-    plain = "plain"
-
-
-@dataclass(kw_only=True, slots=True)
-class AttentionConfig(ComponentConfig):
-    """Base of every attention."""
-
-
-@dataclass(kw_only=True, slots=True)
-class GroupedAttentionConfig(AttentionConfig):
-    """Causal softmax attention in which groups of query heads share a key/value head."""
-
-    builds: ClassVar[str] = "ava_exp.nn.attention.grouped:GroupedAttention"
-
-    attention_dropout: float = 0.0
-    qk_norm: bool = False
-    backend: AttentionBackend = AttentionBackend.auto
 
 
 class SharedProjection(Enum):

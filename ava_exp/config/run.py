@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from omegaconf import II, MISSING
 
 from ava_exp.config.architecture import Architecture
+from ava_exp.config.attention import AttentionConfig
 from ava_exp.config.data import DataConfig, TokenizerConfig
 from ava_exp.config.loss import LossConfig
 from ava_exp.config.machine import HardwareConfig, PrecisionConfig, TrackerConfig
 from ava_exp.config.mod import ModConfig, NoModConfig
-from ava_exp.config.model import AttentionConfig, ModelConfig, SparsityConfig
+from ava_exp.config.model import ModelConfig, SparsityConfig
 from ava_exp.config.prediction import NextTokenConfig, PredictionConfig
 from ava_exp.config.stage import StageConfig
 from ava_exp.config.training import (

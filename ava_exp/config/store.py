@@ -6,7 +6,7 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 
-from ava_exp.config import data, loss, machine, mod, model, prediction, router, run, stage, training
+from ava_exp.config import attention, data, loss, machine, mod, model, prediction, router, run, stage, training
 
 SCHEMAS: dict[str, Any] = {
     "run": run.RunConfig,
@@ -18,7 +18,7 @@ SCHEMAS: dict[str, Any] = {
     "stage/generate": stage.GenerateConfig,
     "stage/surgery": stage.SurgeryConfig,
     "model": model.ModelConfig,
-    "attention/grouped": model.GroupedAttentionConfig,
+    "attention/grouped": attention.GroupedAttentionConfig,
     "sparsity/dense": model.DenseConfig,
     "sparsity/moe": model.MoEConfig,
     "mod/none": mod.NoModConfig,

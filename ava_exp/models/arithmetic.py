@@ -8,16 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ava_exp.config.architecture import Architecture
-from ava_exp.config.model import (
-    Activation,
-    AttentionConfig,
-    GroupedAttentionConfig,
-    ModelConfig,
-    MoEConfig,
-    Overflow,
-    SharedProjection,
-    SparsityConfig,
-)
+from ava_exp.config.attention import AttentionConfig, GroupedAttentionConfig
+from ava_exp.config.model import Activation, ModelConfig, MoEConfig, Overflow, SharedProjection, SparsityConfig
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

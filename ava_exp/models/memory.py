@@ -5,16 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ava_exp.config.architecture import Architecture
+from ava_exp.config.attention import AttentionBackend, AttentionConfig, GroupedAttentionConfig
 from ava_exp.config.machine import Precision
-from ava_exp.config.model import (
-    Activation,
-    AttentionBackend,
-    AttentionConfig,
-    GroupedAttentionConfig,
-    ModelConfig,
-    MoEConfig,
-    SparsityConfig,
-)
+from ava_exp.config.model import Activation, ModelConfig, MoEConfig, SparsityConfig
 from ava_exp.config.training import Recompute
 from ava_exp.models.arithmetic import count_parameters, experts_per_token
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ava_exp.config.model import AttentionBackend
+from ava_exp.config.attention import AttentionBackend
 from ava_exp.nn.attention.cache import AttentionContext, Held, LayerCache, visible
 from ava_exp.nn.norm import RMSNorm
 from ava_exp.nn.rope import apply_rope

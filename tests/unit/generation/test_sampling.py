@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from ava_exp.config.architecture import Architecture
-from ava_exp.config.model import GroupedAttentionConfig, ModelConfig, MoEConfig
+from ava_exp.config.attention import GroupedAttentionConfig
+from ava_exp.config.model import ModelConfig, MoEConfig
 from ava_exp.config.router import TopKRouterConfig
 from ava_exp.errors import UserError
 from ava_exp.generation.sampling import filter_logits, sample_tokens

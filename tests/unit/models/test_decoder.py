@@ -10,17 +10,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ava_exp.config.architecture import Architecture
-from ava_exp.config.model import (
-    Activation,
-    AttentionBackend,
-    DenseConfig,
-    DispatchBackend,
-    GroupedAttentionConfig,
-    ModelConfig,
-    MoEConfig,
-    Norm,
-    SparsityConfig,
-)
+from ava_exp.config.attention import AttentionBackend, GroupedAttentionConfig
+from ava_exp.config.model import Activation, DenseConfig, DispatchBackend, ModelConfig, MoEConfig, Norm, SparsityConfig
 from ava_exp.config.router import TopKRouterConfig
 from ava_exp.errors import ConfigError
 from ava_exp.models.arithmetic import count_parameters, forward_flops_per_token

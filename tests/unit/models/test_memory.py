@@ -12,16 +12,9 @@ import ava_exp.losses.cross_entropy
 import ava_exp.nn.attention.grouped
 import ava_exp.nn.moe.dispatch
 from ava_exp.config.architecture import Architecture
+from ava_exp.config.attention import AttentionBackend, GroupedAttentionConfig
 from ava_exp.config.machine import Precision
-from ava_exp.config.model import (
-    Activation,
-    AttentionBackend,
-    DenseConfig,
-    GroupedAttentionConfig,
-    ModelConfig,
-    MoEConfig,
-    Norm,
-)
+from ava_exp.config.model import Activation, DenseConfig, ModelConfig, MoEConfig, Norm
 from ava_exp.config.router import TopKRouterConfig
 from ava_exp.config.training import Recompute
 from ava_exp.models import memory

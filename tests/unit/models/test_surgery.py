@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ava_exp.config.architecture import Architecture
-from ava_exp.config.model import GroupedAttentionConfig, ModelConfig, MoEConfig, Overflow, SharedProjection
+from ava_exp.config.attention import GroupedAttentionConfig
+from ava_exp.config.model import ModelConfig, MoEConfig, Overflow, SharedProjection
 from ava_exp.config.router import (
     DeepSeekRouterConfig,
     DynamicRouterConfig,

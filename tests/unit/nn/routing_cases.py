@@ -8,14 +8,8 @@ import torch
 from torch import Tensor
 
 from ava_exp.config.architecture import Architecture
-from ava_exp.config.model import (
-    Activation,
-    DispatchBackend,
-    GroupedAttentionConfig,
-    ModelConfig,
-    MoEConfig,
-    Overflow,
-)
+from ava_exp.config.attention import GroupedAttentionConfig
+from ava_exp.config.model import Activation, DispatchBackend, ModelConfig, MoEConfig, Overflow
 from ava_exp.config.router import (
     DeepSeekRouterConfig,
     DynamicRouterConfig,

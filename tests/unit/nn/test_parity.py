@@ -17,7 +17,8 @@ from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from ava_exp.config.architecture import Architecture
-from ava_exp.config.model import DispatchBackend, GroupedAttentionConfig
+from ava_exp.config.attention import GroupedAttentionConfig
+from ava_exp.config.model import DispatchBackend
 from ava_exp.config.router import DeepSeekRouterConfig, RouterConfig, TopKRouterConfig
 from ava_exp.models.decoder import build_model
 from ava_exp.nn.moe.layer import MoELayer

@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ava_exp.nn.recompute as module
 from ava_exp.config.architecture import Architecture
-from ava_exp.config.model import DenseConfig, GroupedAttentionConfig, ModelConfig, MoEConfig
+from ava_exp.config.attention import GroupedAttentionConfig
+from ava_exp.config.model import DenseConfig, ModelConfig, MoEConfig
 from ava_exp.config.router import TopKRouterConfig
 from ava_exp.config.training import Recompute
 from ava_exp.losses.terms import StepContext, build_losses

@@ -11,11 +11,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from ava_exp.config.architecture import Architecture
-from ava_exp.config.model import (
-    Activation,
-    GroupedAttentionConfig,
-    Overflow,
-)
+from ava_exp.config.attention import GroupedAttentionConfig
+from ava_exp.config.model import Activation, Overflow
 from ava_exp.models.decoder import build_model
 from ava_exp.training.tally import ExpertTally
 from tests.unit.nn.routing_cases import (

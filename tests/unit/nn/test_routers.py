@@ -10,14 +10,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ava_exp.config.architecture import Architecture
-from ava_exp.config.model import (
-    Activation,
-    AttentionBackend,
-    DispatchBackend,
-    GroupedAttentionConfig,
-    Overflow,
-    SharedProjection,
-)
+from ava_exp.config.attention import AttentionBackend, GroupedAttentionConfig
+from ava_exp.config.model import Activation, DispatchBackend, Overflow, SharedProjection
 from ava_exp.config.router import (
     DeepSeekRouterConfig,
     DynamicRouterConfig,

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from ava_exp.config.architecture import Architecture
-from ava_exp.config.model import GroupedAttentionConfig, MoEConfig
+from ava_exp.config.attention import GroupedAttentionConfig
+from ava_exp.config.model import MoEConfig
 from ava_exp.config.router import (
     BalanceScope,
     DeepSeekRouterConfig,

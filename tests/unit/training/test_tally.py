@@ -13,8 +13,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from ava_exp.config.architecture import Architecture
+from ava_exp.config.attention import GroupedAttentionConfig
 from ava_exp.config.base import ComponentConfig
-from ava_exp.config.model import DenseConfig, GroupedAttentionConfig, ModelConfig, MoEConfig
+from ava_exp.config.model import DenseConfig, ModelConfig, MoEConfig
 from ava_exp.config.router import (
     DeepSeekRouterConfig,
     DynamicRouterConfig,
