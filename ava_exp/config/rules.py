@@ -13,6 +13,7 @@ from ava_exp.config.data import BPEConfig
 from ava_exp.config.faults import Fault, Rule, Severity, error
 from ava_exp.config.machine import Precision
 from ava_exp.config.model import MoEConfig
+from ava_exp.config.prediction import MultiTokenConfig
 from ava_exp.config.router import (
     DeepSeekRouterConfig,
     ExpertChoiceRouterConfig,
@@ -69,6 +70,7 @@ BOUNDS = (
             "model.claimed_active_parameters",
             "sparsity.num_experts",
             "sparsity.intermediate_size",
+            "prediction.head_width",
             "sparsity.router.moe_top_k",
             "sparsity.router.num_iterations",
             "sparsity.router.num_groups",
@@ -142,6 +144,8 @@ BOUNDS = (
             "sparsity.router.routing_entropy_weight",
             "sparsity.router.bias_update_rate",
             "optimizer.weight_decay",
+            "prediction.num_prediction_heads",
+            "prediction.mtp_weight",
             "schedule.warmup_steps",
             "schedule.warmup_tokens",
             "data.max_bad_rows",
@@ -168,7 +172,17 @@ BOUNDS = (
             "schedule.warmup_ratio",
         ),
     ),
-    Bound("between 0 and 1", lambda value: 0 <= value <= 1, ("schedule.min_lr_ratio", "schedule.decay_ratio")),
+    Bound(
+        "between 0 and 1",
+        lambda value: 0 <= value <= 1,
+        (
+            "schedule.min_lr_ratio",
+            "schedule.decay_ratio",
+            "prediction.confidence_threshold",
+            "prediction.confidence_threshold_train",
+            "stage.confidence_threshold",
+        ),
+    ),
     Bound("above 0 and below 1", lambda value: 0 < value < 1, ("data.validation_fraction",)),
     Bound(
         "above 0 and at most 1",
@@ -294,6 +308,13 @@ def _sequence_fits_positions(config: RunConfig) -> Iterator[Fault]:
         yield error("data.sequence_length", expected, config.data.sequence_length)
 
 
+def _prediction_heads_see_their_labels(config: RunConfig) -> Iterator[Fault]:
+    prediction, length = config.prediction, config.data.sequence_length
+    if isinstance(prediction, MultiTokenConfig) and prediction.num_prediction_heads >= length:
+        expected = f"below `data.sequence_length` ({length}), so that every head has a token to predict"
+        yield error("prediction.num_prediction_heads", expected, prediction.num_prediction_heads)
+
+
 def _vocabulary_holds_the_tokens(config: RunConfig) -> Iterator[Fault]:
     if not isinstance(config.tokenizer, BPEConfig):
         return
@@ -362,6 +383,7 @@ RULES: tuple[Rule, ...] = (
     _capacity_has_a_meaning,
     _dense_layers_leave_some,
     _sequence_fits_positions,
+    _prediction_heads_see_their_labels,
     _vocabulary_holds_the_tokens,
     _betas_are_two_ratios,
     _surgery_is_whole,

@@ -77,6 +77,10 @@ class GenerateConfig(StageConfig):
     """0 keeps the whole vocabulary."""
     top_p: float = 0.9
     generation_seed: int = 0
+    speculative: bool = False
+    """Let the run's prediction heads draft: the same text in greedy decoding, the same distribution in sampling."""
+    confidence_threshold: float | None = None
+    """Draft while a head is at least as sure; null takes the run's `prediction.confidence_threshold`."""
 
 
 @dataclass(kw_only=True, slots=True)

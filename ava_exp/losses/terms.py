@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ava_exp.config.model import MoEConfig, SparsityConfig
+from ava_exp.config.prediction import MultiTokenConfig, PredictionConfig
 from ava_exp.config.router import BalanceScope
 from ava_exp.data.loader import IGNORED
 from ava_exp.errors import ConfigError
@@ -31,6 +33,9 @@ class StepContext:
     """By what the backward pass multiplies the objective."""
     chosen_counts: list[Tensor] = field(default_factory=list)
     """For every mixture-of-experts layer, the visits (E,) chosen in the step so far, this micro-batch included."""
+    label_nats: Tensor | None = None
+    """Shape (B, T), wide: -log p(label) of this micro-batch, without gradient; cross entropy, the first term, fills it
+    for the terms that follow."""
 
 
 class LossTerm(Protocol):
@@ -58,7 +63,51 @@ class CrossEntropy:
 
     def __call__(self, output: ModelOutput, labels_BT: Tensor, context: StepContext) -> Tensor:
         hidden_ND, labels_N = output.hidden.flatten(0, 1), labels_BT.flatten()
-        return linear_cross_entropy(hidden_ND, output.head, labels_N, context.num_tokens, context.loss_scale)
+        context.label_nats = new_nats(labels_BT, output.hidden)
+        nats_N = context.label_nats.flatten()
+        return linear_cross_entropy(hidden_ND, output.head, labels_N, context.num_tokens, context.loss_scale, nats_N)
+
+
+@dataclass(slots=True)
+class MultiTokenLoss:
+    """Mean over the prediction heads of their cross entropy, [deepseek2024v3] eq. 25, in nats per token of the step.
+
+    Behind a confidence gate: at a position a head counts where the labels of the decoder and of all heads before it had
+    a probability of at least `threshold`. These are the positions at which generation consults it and may accept what
+    it says. The others cost no product with the vocabulary. A position without one of these labels counts nowhere.
+    """
+
+    weight: float
+    threshold: float
+    name: str = "mtp_loss"
+
+    def weight_at(self, progress: float) -> float:
+        return self.weight
+
+    def __call__(self, output: ModelOutput, labels_BT: Tensor, context: StepContext) -> Tensor:
+        assert context.label_nats is not None, "cross entropy comes first"
+        is_open_BT = (labels_BT != IGNORED) & self._confident(context.label_nats)
+        shares = []
+        for hidden_BTD in output.future:
+            labels_BT = labels_BT[:, 1:]
+            is_open_BT = is_open_BT[:, :-1] & (labels_BT != IGNORED)
+            rows = is_open_BT.flatten().nonzero()[:, 0]
+            hidden_ND, labels_N = hidden_BTD.flatten(0, 1)[rows], labels_BT.flatten()[rows]
+            nats_N = new_nats(labels_N, hidden_ND)
+            shares.append(
+                linear_cross_entropy(hidden_ND, output.head, labels_N, context.num_tokens, context.loss_scale, nats_N)
+            )
+            is_open_BT = is_open_BT.masked_scatter(is_open_BT, self._confident(nats_N))
+        return torch.stack(shares).mean()
+
+    def _confident(self, nats: Tensor) -> Tensor:
+        """Return where the probability of the label reaches the threshold."""
+        return nats <= (-math.log(self.threshold) if self.threshold > 0 else math.inf)
+
+
+def new_nats(labels: Tensor, hidden: Tensor) -> Tensor:
+    """Return room for -log p(label) of every label, in the format that losses of `hidden` are computed in."""
+    return hidden.new_empty(labels.shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
 
 
 @dataclass(slots=True)
@@ -91,9 +140,11 @@ class RouterLoss:
             return torch.stack([self.measure(routing, counts) for routing, counts in layers]).mean() * share
 
 
-def build_losses(sparsity: SparsityConfig) -> list[LossTerm]:
+def build_losses(sparsity: SparsityConfig, prediction: PredictionConfig | None = None) -> list[LossTerm]:
     """Return the terms of the objective, cross entropy first."""
     terms: list[LossTerm] = [CrossEntropy()]
+    if isinstance(prediction, MultiTokenConfig) and prediction.num_prediction_heads:
+        terms.append(MultiTokenLoss(prediction.mtp_weight, prediction.confidence_threshold_train))
     if isinstance(sparsity, MoEConfig):
         router = sparsity.router
         for name, weight in router.losses().items():

@@ -9,7 +9,7 @@ from ava_exp.config.attention import AttentionBackend, AttentionConfig, GroupedA
 from ava_exp.config.machine import Precision
 from ava_exp.config.model import Activation, ModelConfig, MoEConfig, SparsityConfig
 from ava_exp.config.training import Recompute
-from ava_exp.models.arithmetic import count_parameters, experts_per_token
+from ava_exp.models.arithmetic import count_parameters, experts_per_token, num_prediction_heads, prediction_head_width
 
 PROCESS_BYTES = 350_000_000
 """What the process takes beside its tensors: 260 MB were resident before there was a model, and kernels add to that."""
@@ -73,6 +73,7 @@ def estimate_memory(
     wide = mixed or precision is Precision.fp16
     optimizer = 2 * (2 if precision is Precision.bf16 else 4) * parameters
     activations = _activation_bytes(model, attention, sparsity, size, batch_size, sequence_length, recompute, on_cpu)
+    activations += size * batch_size * sequence_length * _prediction_values(architecture, recompute)
     num_logits = min(SLICE_VALUES, batch_size * sequence_length * model.vocab_size)
     return MemoryEstimate(
         weights=size * parameters,
@@ -110,6 +111,16 @@ def _activation_bytes(
     if recompute is Recompute.selective:
         kept += size * _product_values(model, sparsity, tokens, rows)
     return model.num_layers * kept + ends + 2 * block  # one block at a time is whole
+
+
+def _prediction_values(architecture: Architecture, recompute: Recompute) -> int:
+    """Values that the prediction heads keep of one token, and the states that wait for the loss."""
+    model, width = architecture.model, prediction_head_width(architecture)
+    up = 2 * width if model.activation is Activation.swiglu else width
+    whole = 5 * model.hidden_size + up + width  # joined, projected, normed, the network's two, and their sum
+    kept = {Recompute.none: whole, Recompute.selective: 2 * model.hidden_size + up, Recompute.full: 0}[recompute]
+    working = whole if recompute is not Recompute.none and num_prediction_heads(architecture) else 0
+    return num_prediction_heads(architecture) * (kept + model.hidden_size) + working
 
 
 def _attends_by_products(attention: AttentionConfig, sequence_length: int, on_cpu: bool) -> bool:

@@ -25,10 +25,11 @@ def run(config: RunConfig) -> int:
     )
     metrics = evaluate_language(trained.model, batches, trained.data.tokenizer.token_bytes(), trained.runtime.device)
     baselines = trained.data.baselines
+    left_out = {"routing"} if metrics.future else {"routing", "future"}
     report = {
         "run": trained.folder.root.name,
         "step": trained.step,
-        **{name: value for name, value in dataclasses.asdict(metrics).items() if name != "routing"},
+        **{name: value for name, value in dataclasses.asdict(metrics).items() if name not in left_out},
         "gzip_bits_per_byte": baselines.gzip_bits_per_byte,
         "xz_bits_per_byte": baselines.xz_bits_per_byte,
     }

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+
+from ava_exp.config.prediction import MultiTokenConfig, PredictionConfig
 from ava_exp.config.run import RunConfig
 from ava_exp.config.stage import GenerateConfig
 from ava_exp.errors import EXIT_OK
 from ava_exp.generation.sampling import sample_tokens
+from ava_exp.generation.speculative import SpeculationStatistics, speculate_tokens
 from ava_exp.stages.trained import open_trained_run
 
 
@@ -18,7 +24,12 @@ def run(config: RunConfig) -> int:
     new_ids: list[int] = []
     shown = ""
     print(settings.prompt, end="", flush=True)
-    for token in sample_tokens(
+    statistics = SpeculationStatistics()
+    generate: Callable[..., Iterator[int]] = sample_tokens
+    if settings.speculative:
+        threshold = confidence_threshold(settings, trained.config.prediction)
+        generate = partial(speculate_tokens, confidence_threshold=threshold, statistics=statistics)
+    for token in generate(
         trained.model,
         tokenizer.encode(settings.prompt) or [tokenizer.end_of_document_id],
         max_new_tokens=settings.max_new_tokens,
@@ -35,4 +46,13 @@ def run(config: RunConfig) -> int:
             print(text[len(shown) :], end="", flush=True)
             shown = text
     print(tokenizer.decode(new_ids)[len(shown) :])
+    if settings.speculative:
+        print(statistics, file=sys.stderr)
     return EXIT_OK
+
+
+def confidence_threshold(settings: GenerateConfig, prediction: PredictionConfig) -> float:
+    """Return how sure a prediction head must be to draft: what the stage says, else what the run was made for."""
+    if settings.confidence_threshold is not None:
+        return settings.confidence_threshold
+    return prediction.confidence_threshold if isinstance(prediction, MultiTokenConfig) else 0.0

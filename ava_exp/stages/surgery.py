@@ -29,7 +29,7 @@ def run(config: RunConfig) -> int:
     assert isinstance(settings, SurgeryConfig)
     saved = open_saved_run(config, settings.run)
     if settings.operation is SurgeryKind.scale_load_balancing:
-        require_balance_loss(build_losses(saved.config.sparsity))
+        require_balance_loss(build_losses(saved.config.sparsity, saved.config.prediction))
     model = assembly.build_decoder(saved.config, saved.runtime)
     updater = assembly.build_updater(saved.config, saved.runtime, model)
     surgeon = Surgeon(model, updater)
