@@ -51,6 +51,7 @@ def test_the_default_run_has_no_faults() -> None:
         (["sparsity.router.moe_top_k=0"], "sparsity.router.moe_top_k"),
         (["sparsity.num_experts=1"], "sparsity.router.moe_top_k"),
         (["data.sequence_length=1025"], "data.sequence_length"),
+        (["prediction=multi_token", "prediction.num_prediction_heads=256"], "prediction.num_prediction_heads"),
         ([f"model.vocab_size={MIN_VOCABULARY - 1}"], "tokenizer.vocab_size"),
         (["tokenizer.vocab_size=5000"], "tokenizer.vocab_size"),
         (["optimizer.betas=[0.9]"], "optimizer.betas"),
