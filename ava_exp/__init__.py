@@ -24,6 +24,7 @@ _MODULES = {
     "MoEConfig": "config.model",
     "ModelConfig": "config.model",
     "Norm": "config.model",
+    "MultiTokenConfig": "config.prediction",
     "DeepSeekRouterConfig": "config.router",
     "DynamicRouterConfig": "config.router",
     "ExpertChoiceRouterConfig": "config.router",
@@ -49,6 +50,8 @@ _MODULES = {
     "UserError": "errors",
     "evaluate_language": "evaluation.language",
     "sample_tokens": "generation.sampling",
+    "SpeculationStatistics": "generation.speculative",
+    "speculate_tokens": "generation.speculative",
     "LossTerm": "losses.terms",
     "StepContext": "losses.terms",
     "build_losses": "losses.terms",
@@ -75,6 +78,7 @@ if TYPE_CHECKING:
     from ava_exp.config.model import ModelConfig as ModelConfig
     from ava_exp.config.model import MoEConfig as MoEConfig
     from ava_exp.config.model import Norm as Norm
+    from ava_exp.config.prediction import MultiTokenConfig as MultiTokenConfig
     from ava_exp.config.router import DeepSeekRouterConfig as DeepSeekRouterConfig
     from ava_exp.config.router import DynamicRouterConfig as DynamicRouterConfig
     from ava_exp.config.router import ExpertChoiceRouterConfig as ExpertChoiceRouterConfig
@@ -100,6 +104,8 @@ if TYPE_CHECKING:
     from ava_exp.errors import UserError as UserError
     from ava_exp.evaluation.language import evaluate_language as evaluate_language
     from ava_exp.generation.sampling import sample_tokens as sample_tokens
+    from ava_exp.generation.speculative import SpeculationStatistics as SpeculationStatistics
+    from ava_exp.generation.speculative import speculate_tokens as speculate_tokens
     from ava_exp.losses.terms import LossTerm as LossTerm
     from ava_exp.losses.terms import StepContext as StepContext
     from ava_exp.losses.terms import build_losses as build_losses

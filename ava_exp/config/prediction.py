@@ -25,7 +25,7 @@ class MultiTokenConfig(NextTokenConfig):
     """Width of a head's feed-forward network; null takes `model.hidden_size`."""
     mtp_weight: float = 0.1
     """Weight of the mean of the heads' losses in the objective."""
-    confidence_threshold: float = 0.6
+    confidence_threshold: float = 0.05
     """Generation drafts on as long as a head gives its best token at least this probability."""
-    confidence_threshold_train: float = 0.6
+    confidence_threshold_train: float = 0.0
     """A head learns where all before it gave their label at least this probability; 0 is everywhere."""

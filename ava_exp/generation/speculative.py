@@ -218,7 +218,7 @@ def speculate_tokens(
     prompt_ids: list[int],
     *,
     max_new_tokens: int,
-    confidence_threshold: float = 0.6,
+    confidence_threshold: float = 0.05,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
