@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -149,8 +149,7 @@ class Decoder(nn.Module):
         context = self._context(ids_BT, cache, counts_B, documents_BT)
         embedding_BTD = x_BTD = self.embedding(ids_BT)
         routings = []
-        offloads = self.offload_activations and torch.is_grad_enabled()
-        with offload([*self.parameters(), self.cos, self.sin]) if offloads else nullcontext():
+        with self._offload():
             for block in self.blocks:
                 x_BTD, routing = self._run(block, x_BTD, context)
                 if routing is not None:
@@ -164,10 +163,17 @@ class Decoder(nn.Module):
     def _chain(self, hidden_BTD: Tensor, embedding_BTD: Tensor) -> list[Tensor]:
         """Chain the prediction heads: head j reads the true token j positions on, so it ends j before the text does."""
         states = []
-        for distance, head in enumerate(self.prediction_heads, start=1):
-            hidden_BTD = self._run(head, hidden_BTD[:, :-1], embedding_BTD[:, distance:])
-            states.append(hidden_BTD)
+        with self._offload():
+            for distance, head in enumerate(self.prediction_heads, start=1):
+                hidden_BTD = self._run(head, hidden_BTD[:, :-1], embedding_BTD[:, distance:])
+                states.append(hidden_BTD)
         return states
+
+    def _offload(self) -> AbstractContextManager[Any]:
+        """Return the context in which activations are kept where `offload_activations` says."""
+        if self.offload_activations and torch.is_grad_enabled():
+            return offload([*self.parameters(), self.cos, self.sin])
+        return nullcontext()
 
     def _context(
         self, ids_BT: Tensor, cache: KeyValueCache | None, counts_B: Tensor | None, documents_BT: Tensor | None

@@ -21,6 +21,7 @@ from ava_exp.errors import UserError
 from ava_exp.generation.sampling import filter_logits, sample_tokens
 from ava_exp.generation.speculative import SpeculationStatistics, Speculator, speculate_tokens
 from ava_exp.models.decoder import Decoder, build_model
+from tests.unit.nn.routing_cases import ROUTERS, moe_config
 
 SPARSITIES: dict[str, SparsityConfig] = {
     "dense": DenseConfig(),
@@ -41,9 +42,8 @@ def build(
     sizes = {"vocab_size": 12, "hidden_size": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1}
     model = ModelConfig(**sizes | {"intermediate_size": 24, "initializer_range": 0.4} | changes)
     prediction = MultiTokenConfig(num_prediction_heads=num_heads) if num_heads else NextTokenConfig()
-    architecture = Architecture(
-        model, attention or GroupedAttentionConfig(), SPARSITIES[sparsity], prediction=prediction
-    )
+    experts = SPARSITIES[sparsity] if sparsity in SPARSITIES else moe_config(sparsity)
+    architecture = Architecture(model, attention or GroupedAttentionConfig(), experts, prediction=prediction)
     return build_model(architecture, seed=seed, dtype=dtype).eval()
 
 
@@ -85,7 +85,7 @@ class Corrupted(Speculator):
         return [(t + int(w)) % 12 for t, w in zip(truth[:length], is_wrong, strict=True)], []
 
 
-@pytest.mark.parametrize("sparsity", SPARSITIES)
+@pytest.mark.parametrize("sparsity", [*SPARSITIES, *ROUTERS])
 @pytest.mark.parametrize("backend", [AttentionBackend.plain, AttentionBackend.sdpa])
 def test_any_drafts_give_the_same_text(sparsity: str, backend: AttentionBackend) -> None:
     model, ids, num_wanted = build(sparsity, attention=GroupedAttentionConfig(backend=backend)), prompt(0, 5), 90

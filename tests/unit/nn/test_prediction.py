@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+import ava_exp.models.decoder as decoder_module
+import ava_exp.nn.recompute as recomputation
 from ava_exp.config.architecture import Architecture
 from ava_exp.config.machine import Precision
 from ava_exp.config.model import Activation, DenseConfig, ModelConfig, MoEConfig, Norm, SparsityConfig
@@ -191,6 +193,20 @@ def test_recomputation_gives_the_same_gradients_bit_for_bit(
     assert found[0].keys() == found[1].keys() and len(found[0]) >= len(dict(model.prediction_heads.named_parameters()))
     assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
     assert all(value.isfinite().all() for value in found[1].values())
+
+
+def test_offloading_gives_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to rounding: what comes back has other strides than the slices of the text that went."""
+    monkeypatch.setattr(recomputation, "SMALLEST_OFFLOADED_BYTES", 1)
+    found, own = [], recomputation.offload
+    contexts: list[object] = []
+    monkeypatch.setattr(decoder_module, "offload", lambda kept: contexts.append(kept) or own(kept))
+    for offloads in (False, True):
+        model = build().train()
+        model.offload_activations = offloads
+        found.append(mtp_gradients(model, some_ids(), some_ids().roll(-1, dims=1)))
+    assert len(contexts) == 2, "the blocks and the chain"
+    torch.testing.assert_close(found[0], found[1])
 
 
 def test_bf16_stays_near_fp32() -> None:
