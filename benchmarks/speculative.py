@@ -1,6 +1,6 @@
 """Tokens per second of plain and of speculative greedy decoding, batch 1, by confidence threshold.
 
-    python benchmarks/speculative.py [--minutes 15] [--prompts 8] [--new-tokens 256] [--run NAME]
+    python benchmarks/speculative.py [--minutes 15] [--prompts 8] [--run NAME] [--figure FILE]
 
 Trains `experiment=speculative` (dense, 30 M parameters) and `experiment=speculative_moe` (as many active) on the
 embedded text for so many minutes each, unless they have been; `--run` takes a run that is there instead. Prompts are
@@ -19,14 +19,19 @@ import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
+import matplotlib
 import torch
+from matplotlib.figure import Figure
 
 from ava_exp.config.compose import compose
 from ava_exp.generation.sampling import sample_tokens
 from ava_exp.generation.speculative import SpeculationStatistics, speculate_tokens
 from ava_exp.models.decoder import Decoder
 from ava_exp.stages.trained import TrainedRun, open_trained_run
+from ava_exp.tracking.figures import STYLE
+from ava_exp.tracking.plotting import BLUE, ORANGE
 
 EXPERIMENTS = ("speculative", "speculative_moe")
 FOLDERS = ["output_dir=outputs/speculative", "cache_dir=outputs/cache"]
@@ -145,6 +150,27 @@ def table(plain: Total, by_threshold: dict[float, Total], num_prompts: int) -> s
     return "\n".join(lines)
 
 
+def draw(found: dict[str, tuple[Total, dict[float, Total]]], path: Path) -> None:
+    """Speed against plain decoding, and the share of each head's drafts that is accepted, by threshold."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9, 3.6), layout="constrained")
+        speed, acceptance = figure.subplots(1, 2)
+        for color, (name, (plain, by_threshold)) in zip((BLUE, ORANGE), found.items(), strict=False):
+            times = [total.tokens / total.seconds * plain.seconds / plain.tokens for total in by_threshold.values()]
+            speed.plot(list(by_threshold), times, color=color, marker="o", markersize=4, label=name)
+            for head, line in enumerate(("-", "--", ":")):
+                shares = [total.accepted[head] / max(1, total.drafted[head]) for total in by_threshold.values()]
+                label = f"{name}, head {head + 1}"
+                acceptance.plot(list(by_threshold), shares, line, color=color, marker="o", markersize=3, label=label)
+        speed.axhline(1, color="grey", linewidth=0.8)
+        speed.set(xlabel="confidence threshold", ylabel="tokens/s, plain decoding is 1")
+        acceptance.set(xlabel="confidence threshold", ylabel="share of drafts accepted", ylim=(0, 1.02))
+        for axis in (speed, acceptance):
+            axis.legend(fontsize="small")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=15.0)
@@ -154,10 +180,12 @@ def main() -> None:
     parser.add_argument("--check-tokens", type=int, default=64, help="so many are compared in fp32")
     parser.add_argument("--thresholds", default="0,0.05,0.1,0.2,0.4,0.6")
     parser.add_argument("--experiments", default=",".join(EXPERIMENTS))
+    parser.add_argument("--figure", type=Path, help="where to draw the result")
     parser.add_argument("--run", help="a run to measure instead of training any")
     parser.add_argument("overrides", nargs="*", help="changes to the trainings, as `model.num_layers=4`")
     options = parser.parse_args()
     thresholds = [float(threshold) for threshold in options.thresholds.split(",")]
+    found = {}
     for experiment in ["speculative"] if options.run else options.experiments.split(","):
         if options.run is None:
             train(experiment, options.minutes, options.overrides)
@@ -165,9 +193,11 @@ def main() -> None:
         prompts = prompts_of(run, options.prompts, options.prompt_tokens)
         check_in_fp32(run, prompts, options.check_tokens)
         measure(run.model, prompts[:1], 16, thresholds)  # warms up
-        plain, by_threshold = measure(run.model, prompts, options.new_tokens, thresholds)
+        plain, by_threshold = found[run.config.name] = measure(run.model, prompts, options.new_tokens, thresholds)
         print(f"\n{run.folder.root.name}, step {run.step}, {run.model.embedding.weight.dtype}, ", end="")
         print(f"{torch.get_num_threads()} threads\n\n{table(plain, by_threshold, len(prompts))}", flush=True)
+    if options.figure:
+        draw(found, options.figure)
 
 
 if __name__ == "__main__":

@@ -75,6 +75,9 @@ def estimate_memory(
     activations = _activation_bytes(model, attention, sparsity, size, batch_size, sequence_length, recompute, on_cpu)
     activations += size * batch_size * sequence_length * _prediction_values(architecture, recompute)
     num_logits = min(SLICE_VALUES, batch_size * sequence_length * model.vocab_size)
+    head, more = model.vocab_size * model.hidden_size, num_prediction_heads(architecture)
+    # Every prediction head brings a gradient of the product with the vocabulary, and one of its states, with its loss.
+    gradients_of_losses = (1 + more) * head + more * batch_size * sequence_length * model.hidden_size
     return MemoryEstimate(
         weights=size * parameters,
         master_weights=4 * parameters if wide else 0,
@@ -82,7 +85,7 @@ def estimate_memory(
         gradients=(size + 4 if wide else size) * parameters,
         optimizer=optimizer,
         activations=activations,
-        logits=size * (num_logits + model.vocab_size * model.hidden_size),
+        logits=size * (num_logits + gradients_of_losses),
         snapshot=(4 if wide else size) * parameters + optimizer if copies_state else 0,
         process=PROCESS_BYTES if on_cpu else 0,
     )

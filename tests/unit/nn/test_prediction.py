@@ -29,6 +29,7 @@ from ava_exp.models.arithmetic import (
 )
 from ava_exp.models.decoder import Decoder, build_model
 from ava_exp.models.memory import estimate_memory
+from ava_exp.nn.output import ModelOutput
 from ava_exp.nn.prediction import PredictionHead
 
 VOCABULARY, LENGTH = 60, 11
@@ -254,6 +255,29 @@ def test_closed_form_flops(name: str, threshold: float) -> None:
     more = training_flops_per_token(whole, LENGTH) - training_flops_per_token(plain, LENGTH)
     assert more == pytest.approx(3 * counter.get_total_flops() / 2 / LENGTH)
     assert training_flops(whole, LENGTH).per_token == training_flops_per_token(whole, LENGTH)
+
+
+def test_the_losses_keep_their_gradients() -> None:
+    """What waits for the backward pass, besides the logits of one slice."""
+    sizes: dict[str, Any] = {"precision": Precision.fp32, "batch_size": 2, "sequence_length": LENGTH}
+    plain, with_heads = (
+        estimate_memory(architecture(prediction=prediction), **sizes).logits
+        for prediction in (NextTokenConfig(), THREE)
+    )
+    output, labels, kept = (
+        build(dtype=torch.float32).train()(some_ids()),
+        some_ids().roll(-1, dims=1),
+        dict[int, Tensor](),
+    )
+    context = StepContext(num_tokens=2 * LENGTH)
+    terms = build_losses(DenseConfig(), THREE)
+    terms[0](output, labels, context)
+    states = output.future
+    output = ModelOutput(output.hidden, output.head, chain=lambda: states)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.setdefault(x.data_ptr(), x), lambda x: x):
+        terms[1](output, labels, context)
+    found = sum(tensor.numel() for tensor in kept.values() if tensor.is_floating_point())
+    assert (with_heads - plain) / 4 == pytest.approx(found, rel=0.05)
 
 
 def kept_bytes(model: Decoder, ids: Tensor) -> int:
