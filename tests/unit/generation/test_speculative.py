@@ -21,6 +21,7 @@ from ava_exp.errors import UserError
 from ava_exp.generation import speculative
 from ava_exp.generation.sampling import filter_logits, sample_tokens
 from ava_exp.generation.speculative import SpeculationStatistics, Speculator, speculate_tokens
+from ava_exp.losses.terms import StepContext, build_losses
 from ava_exp.models.decoder import Decoder, build_model
 from tests.unit.nn.routing_cases import ROUTERS, moe_config
 
@@ -120,6 +121,26 @@ def test_it_stops_where_plain_decoding_does() -> None:
         assert list(speculate_tokens(model, ids, max_new_tokens=100, stop_id=stop, **settings)) == expected
     for wanted in range(1, 6):
         assert list(speculate_tokens(model, ids, max_new_tokens=wanted, **settings)) == greedy[:wanted]
+
+
+def test_trained_heads_draft_what_the_decoder_says() -> None:
+    """A text in which every token follows from the one before is learned soon: all drafts of all heads are right."""
+    model = build(dtype=torch.float32, initializer_range=0.1).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    terms = build_losses(DenseConfig(), MultiTokenConfig())
+    texts = (5 * torch.arange(17) + torch.arange(12)[:, None]) % 12
+    for _ in range(120):
+        output, context = model(texts[:, :-1]), StepContext(num_tokens=12 * 16)
+        loss, mtp_loss = (term(output, texts[:, 1:], context) for term in terms)
+        optimizer.zero_grad()
+        (loss + 0.1 * mtp_loss).backward()
+        optimizer.step()
+    statistics = SpeculationStatistics()
+    settings: dict[str, Any] = {"max_new_tokens": 13, "temperature": 0, "statistics": statistics}
+    assert list(speculate_tokens(model, [0, 5], confidence_threshold=0.5, **settings)) == [
+        5 * n % 12 for n in range(2, 15)
+    ]
+    assert statistics.accepted == statistics.drafted == [3, 3, 3]
 
 
 def test_the_threshold_decides_how_much_is_drafted() -> None:
