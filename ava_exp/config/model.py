@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from enum import Enum
@@ -97,6 +98,17 @@ class ModelConfig:
             else:
                 self.intermediate_size = 4 * self.hidden_size
         self._complete_rope_scaling()
+
+    def scaled(self, kind: RopeScaling, original_length: int, length: int) -> ModelConfig:
+        """Return the same model for texts of `length` tokens, where those of its training had `original_length`."""
+        is_scaled = kind is not RopeScaling.none
+        return dataclasses.replace(
+            self,
+            max_position_embeddings=length,
+            rope_scaling=kind,
+            rope_scaling_factor=length / original_length if is_scaled else None,
+            original_max_position_embeddings=original_length if is_scaled else None,
+        )
 
     def _complete_rope_scaling(self) -> None:
         """Take the factor from the lengths, or the original length from the factor, where one of them is given."""

@@ -113,6 +113,7 @@ BOUNDS = (
             "sparsity.router.average_experts",
             "model.learning_rate",
             "optimizer.learning_rate",
+            "stage.learning_rate",
             "optimizer.epsilon",
             "model.claimed_memory_gb",
             "hardware.memory_gib",

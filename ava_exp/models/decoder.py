@@ -146,6 +146,11 @@ class Decoder(nn.Module):
         for name, table in zip(("cos", "sin"), tables, strict=True):
             self.register_buffer(name, table, persistent=False)
 
+    def scale_positions(self, model: ModelConfig) -> None:
+        """Read positions as `model` says, which has other rotary scaling or more positions, and is else the same."""
+        self.config = model
+        self.refresh_rope()
+
     def forward(
         self,
         ids_BT: Tensor,

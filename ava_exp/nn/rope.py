@@ -69,7 +69,7 @@ def _scaled(frequencies: Tensor, exponents: Tensor, theta: float, scaling: Rotar
 
 def _kept_share(head_dim: int, theta: float, scaling: RotaryScaling) -> Tensor:
     """Return (head_dim / 2,) fp32: 1 where a pair turns `beta_fast` times or more in a text, and its frequency is kept;
-    0 where `beta_slow` times or less, and positions are interpolated; a ramp over the pairs between [peng2023yarn] §3.2.
+    0 where `beta_slow` times or less, and positions are interpolated; a ramp over those between [peng2023yarn] §3.2.
 
     As in the authors' code the ramp is linear in the number of the pair, not in the turns, and its ends are rounded.
     """
