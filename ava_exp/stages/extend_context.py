@@ -153,6 +153,7 @@ class Comparison:
             stored=(self.folder.read_json("resolution.json") or {}).get("runtime"),
         )
         data = assembly.prepare(config, _tell)
+        assembly.build_loader(config, runtime, data)  # refuses texts that are longer than all there is
         snapshot = read_checkpoint(initial.checkpoint)
         initial.check_tokenizer(snapshot, data.tokenizer.fingerprint)
         model = load_decoder(config, runtime, snapshot)
