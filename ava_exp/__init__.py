@@ -24,6 +24,7 @@ _MODULES = {
     "MoEConfig": "config.model",
     "ModelConfig": "config.model",
     "Norm": "config.model",
+    "RopeScaling": "config.model",
     "DeepSeekRouterConfig": "config.router",
     "DynamicRouterConfig": "config.router",
     "ExpertChoiceRouterConfig": "config.router",
@@ -48,6 +49,7 @@ _MODULES = {
     "prepare_data": "data.prepare",
     "UserError": "errors",
     "evaluate_language": "evaluation.language",
+    "evaluate_by_position": "evaluation.positions",
     "sample_tokens": "generation.sampling",
     "LossTerm": "losses.terms",
     "StepContext": "losses.terms",
@@ -75,6 +77,7 @@ if TYPE_CHECKING:
     from ava_exp.config.model import ModelConfig as ModelConfig
     from ava_exp.config.model import MoEConfig as MoEConfig
     from ava_exp.config.model import Norm as Norm
+    from ava_exp.config.model import RopeScaling as RopeScaling
     from ava_exp.config.router import DeepSeekRouterConfig as DeepSeekRouterConfig
     from ava_exp.config.router import DynamicRouterConfig as DynamicRouterConfig
     from ava_exp.config.router import ExpertChoiceRouterConfig as ExpertChoiceRouterConfig
@@ -99,6 +102,7 @@ if TYPE_CHECKING:
     from ava_exp.data.prepare import prepare_data as prepare_data
     from ava_exp.errors import UserError as UserError
     from ava_exp.evaluation.language import evaluate_language as evaluate_language
+    from ava_exp.evaluation.positions import evaluate_by_position as evaluate_by_position
     from ava_exp.generation.sampling import sample_tokens as sample_tokens
     from ava_exp.losses.terms import LossTerm as LossTerm
     from ava_exp.losses.terms import StepContext as StepContext

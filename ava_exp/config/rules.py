@@ -12,7 +12,7 @@ from typing import Any
 from ava_exp.config.data import BPEConfig
 from ava_exp.config.faults import Fault, Rule, Severity, error
 from ava_exp.config.machine import Precision
-from ava_exp.config.model import MoEConfig
+from ava_exp.config.model import MoEConfig, RopeScaling
 from ava_exp.config.router import (
     DeepSeekRouterConfig,
     ExpertChoiceRouterConfig,
@@ -64,6 +64,8 @@ BOUNDS = (
             "model.head_dim",
             "model.intermediate_size",
             "model.max_position_embeddings",
+            "model.original_max_position_embeddings",
+            "model.rope_scaling_factor",
             "model.num_experts",
             "model.claimed_parameters",
             "model.claimed_active_parameters",
@@ -92,6 +94,7 @@ BOUNDS = (
             "checkpoint.save_every_n_batches",
             "stage.max_new_tokens",
             "stage.max_tokens",
+            "stage.sequence_length",
         ),
     ),
     Bound(
@@ -100,6 +103,9 @@ BOUNDS = (
         (
             "model.norm_epsilon",
             "model.rope_theta",
+            "model.yarn_beta_fast",
+            "model.yarn_beta_slow",
+            "model.yarn_attention_factor",
             "model.initializer_range",
             "sparsity.capacity_factor",
             "sparsity.router.routing_temperature",
@@ -107,6 +113,7 @@ BOUNDS = (
             "sparsity.router.average_experts",
             "model.learning_rate",
             "optimizer.learning_rate",
+            "stage.learning_rate",
             "optimizer.epsilon",
             "model.claimed_memory_gb",
             "hardware.memory_gib",
@@ -294,6 +301,45 @@ def _sequence_fits_positions(config: RunConfig) -> Iterator[Fault]:
         yield error("data.sequence_length", expected, config.data.sequence_length)
 
 
+def _rope_scaling_is_whole(config: RunConfig) -> Iterator[Fault]:
+    model = config.model
+    factor, original, length = (
+        model.rope_scaling_factor,
+        model.original_max_position_embeddings,
+        model.max_position_embeddings,
+    )
+    if model.rope_scaling is RopeScaling.none:
+        for name in ("rope_scaling_factor", "original_max_position_embeddings"):
+            if (value := getattr(model, name)) is not None:
+                yield error(f"model.{name}", "null without `model.rope_scaling`", value, "Choose one, such as `yarn`.")
+        return
+    if factor is None or original is None:
+        expected = "given, or `model.original_max_position_embeddings`, with `model.rope_scaling`"
+        yield error("model.rope_scaling_factor", expected, factor)
+        return
+    if original > length:
+        expected = f"at most `model.max_position_embeddings` ({length})"
+        yield error("model.original_max_position_embeddings", expected, original)
+    if length > math.ceil(original * factor):
+        message = (
+            f"`model.max_position_embeddings` is {length}, but {original} positions scaled by {factor:g} are fewer."
+        )
+        yield Fault(Severity.warning, "model.max_position_embeddings", message, "Beyond those nothing was ever tried.")
+
+
+def _yarn_constants_have_a_meaning(config: RunConfig) -> Iterator[Fault]:
+    model, given = config.model, config.model.yarn_attention_factor
+    if model.rope_scaling is not RopeScaling.yarn:
+        if given is not None:
+            yield error("model.yarn_attention_factor", "null unless `model.rope_scaling` is `yarn`", given)
+        return
+    if model.yarn_beta_fast <= model.yarn_beta_slow:
+        expected = f"above `model.yarn_beta_slow` ({model.yarn_beta_slow:g})"
+        yield error("model.yarn_beta_fast", expected, model.yarn_beta_fast)
+    if model.rope_theta <= 1:
+        yield error("model.rope_theta", "above 1 with `model.rope_scaling=yarn`", model.rope_theta)
+
+
 def _vocabulary_holds_the_tokens(config: RunConfig) -> Iterator[Fault]:
     if not isinstance(config.tokenizer, BPEConfig):
         return
@@ -362,6 +408,8 @@ RULES: tuple[Rule, ...] = (
     _capacity_has_a_meaning,
     _dense_layers_leave_some,
     _sequence_fits_positions,
+    _rope_scaling_is_whole,
+    _yarn_constants_have_a_meaning,
     _vocabulary_holds_the_tokens,
     _betas_are_two_ratios,
     _surgery_is_whole,

@@ -15,6 +15,7 @@ SCHEMAS: dict[str, Any] = {
     "stage/prepare": stage.PrepareConfig,
     "stage/pretrain": stage.PretrainConfig,
     "stage/evaluate": stage.EvaluateConfig,
+    "stage/extend_context": stage.ExtendContextConfig,
     "stage/generate": stage.GenerateConfig,
     "stage/surgery": stage.SurgeryConfig,
     "model": model.ModelConfig,

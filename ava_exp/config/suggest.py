@@ -19,7 +19,7 @@ from omegaconf.errors import (
 from yaml import MarkedYAMLError
 
 from ava_exp.config.run import RunConfig
-from ava_exp.config.schema import all_keys, annotations_at, field_types, in_words, options_with
+from ava_exp.config.schema import all_keys, annotations_at, field_types, in_words, keys_beside, options_with
 from ava_exp.errors import did_you_mean, must_be, nearest
 
 
@@ -96,7 +96,14 @@ def _unknown_key(key: str, error: OmegaConfBaseException, groups: Iterable[str])
         return f"`{key}` does not exist: {_like_top_level(key, groups)}"
     chosen = error.object_type
     siblings = [f"{parent}.{field}" for field in field_types(chosen)] if dataclasses.is_dataclass(chosen) else []
-    return f"`{key}` does not exist: " + (suggest_key(key, siblings) if siblings else f"`{parent}` has no keys here.")
+    if not siblings:
+        return f"`{key}` does not exist: `{parent}` has no keys here."
+    near_in = next((keys for keys in (siblings, keys_beside(key)) if nearest(_last(key), map(_last, keys))), siblings)
+    return f"`{key}` does not exist: {suggest_key(key, near_in)}"
+
+
+def _last(key: str) -> str:
+    return key.rpartition(".")[2]
 
 
 def suggest_key(key: str, siblings: Iterable[str]) -> str:

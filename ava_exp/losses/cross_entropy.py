@@ -52,6 +52,19 @@ def score_labels(hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor) -> tuple[
     return nats, correct
 
 
+@torch.no_grad()
+def label_nats(hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor) -> Tensor:
+    """Return -log p(label) of every row, (N,) fp32 or wider, and 0 where the label is `IGNORED`."""
+    valid_N, labels_N1 = _valid(labels_N)
+    nats_N = torch.zeros(len(hidden_ND), dtype=_wide(hidden_ND), device=hidden_ND.device)
+    for rows in _slices(len(hidden_ND), SLICE_VALUES // len(head_VD)):
+        logits_SV = hidden_ND[rows] @ head_VD.t()
+        for part in _cached(logits_SV):
+            logits = logits_SV[part].to(nats_N.dtype)
+            nats_N[rows][part] = _nats(logits, logits.softmax(dim=1), labels_N1[rows][part])
+    return nats_N.masked_fill_(~valid_N, 0)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ava_exp.config.architecture import Architecture
-from ava_exp.config.model import DenseConfig, ModelConfig, MoEConfig, Overflow, SparsityConfig
+from ava_exp.config.model import DenseConfig, ModelConfig, MoEConfig, Overflow, RopeScaling, SparsityConfig
 from ava_exp.config.training import Recompute
 from ava_exp.errors import ConfigError
 from ava_exp.nn.attention.cache import AttentionContext, KeyValueCache
@@ -22,7 +22,7 @@ from ava_exp.nn.moe.routing import Routing
 from ava_exp.nn.norm import build_norm
 from ava_exp.nn.output import ModelOutput
 from ava_exp.nn.recompute import offload, run_recomputed
-from ava_exp.nn.rope import rope_tables
+from ava_exp.nn.rope import RotaryScaling, rope_tables
 
 
 class Block(nn.Module):
@@ -83,6 +83,24 @@ def build_feed_forward(model: ModelConfig, sparsity: SparsityConfig, layer: int)
     )
 
 
+def rotary_scaling(model: ModelConfig) -> RotaryScaling | None:
+    """Return how the model's rotary positions are scaled; None where they are not."""
+    factor, original_length = model.rope_scaling_factor, model.original_max_position_embeddings
+    if model.rope_scaling is RopeScaling.none:
+        return None
+    if factor is None or original_length is None:
+        either = "`model.rope_scaling_factor` or `model.original_max_position_embeddings`"
+        raise ConfigError(f"`model.rope_scaling={model.rope_scaling.name}` needs {either}.")
+    return RotaryScaling(
+        kind=model.rope_scaling,
+        factor=factor,
+        original_length=original_length,
+        beta_fast=model.yarn_beta_fast,
+        beta_slow=model.yarn_beta_slow,
+        attention_factor=model.yarn_attention_factor,
+    )
+
+
 def _network(model: ModelConfig, width: int) -> FeedForward:
     return FeedForward(model.hidden_size, width, model.activation)
 
@@ -121,11 +139,17 @@ class Decoder(nn.Module):
 
     def refresh_rope(self) -> None:
         """(Re)compute the rotary tables on the model's device; they are no part of a checkpoint."""
-        assert self.config.head_dim is not None
-        device = self.embedding.weight.device
-        tables = rope_tables(self.config.max_position_embeddings, self.config.head_dim, self.config.rope_theta, device)
+        model, device = self.config, self.embedding.weight.device
+        assert model.head_dim is not None
+        scaling = rotary_scaling(model)
+        tables = rope_tables(model.max_position_embeddings, model.head_dim, model.rope_theta, device, scaling)
         for name, table in zip(("cos", "sin"), tables, strict=True):
             self.register_buffer(name, table, persistent=False)
+
+    def scale_positions(self, model: ModelConfig) -> None:
+        """Read positions as `model` says, which has other rotary scaling or more positions, and is else the same."""
+        self.config = model
+        self.refresh_rope()
 
     def forward(
         self,

@@ -33,6 +33,8 @@ CAPTIONS = {
     "what share of the same tokens' choices changed from one evaluation to the next.",
     "specialisation": "Validation text by where it is from: red experts are visited by it more often than by all text, "
     "blue ones less. NMI is the mutual information of source and expert, 0 (unrelated) to 1.",
+    "positions": "How surprised the model is by tokens at each place of a long text, before its context was extended "
+    "and after, on the same text. Up to the dotted line it had been trained before.",
 }
 
 

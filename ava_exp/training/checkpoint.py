@@ -175,6 +175,14 @@ def resolve_checkpoint(path: Path) -> Path:
     return found
 
 
+def weights_fingerprint(folder: Path) -> str:
+    """Return eight hexadecimal digits that tell a checkpoint's weights from others. Raises CheckpointError."""
+    try:
+        return str(_read_manifest(folder)["files"][f"model{TENSORS}"]["sha256"])[:8]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{folder} cannot be used: its {MANIFEST} cannot be read ({error}).") from error
+
+
 def sweep_leftovers(checkpoints: Path) -> None:
     """Remove what an interrupted save or removal left behind. Only the owner of the run's lock may call this."""
     if checkpoints.is_dir():
