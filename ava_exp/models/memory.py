@@ -16,7 +16,7 @@ PROCESS_BYTES = 350_000_000
 SLICE_VALUES = 2**24
 """Logits that exist at once: of `losses/cross_entropy.py`, which imports torch; a test holds the two together."""
 PLAIN_LENGTH = 512
-"""Up to here a CPU computes attention by plain products, which keep all scores: of `nn/attention/grouped.py`."""
+"""Up to here a CPU computes attention by plain products, which keep all scores: of `nn/attention/softmax.py`."""
 
 WEIGHT_BYTES = {
     Precision.fp32: 4,

@@ -22,6 +22,7 @@ def run(config: RunConfig) -> int:
         sequence_length=trained.config.data.sequence_length,
         batch_size=trained.runtime.resolution.batch_size,
         max_tokens=config.stage.max_tokens,
+        mask_documents=trained.config.data.mask_documents,
     )
     metrics = evaluate_language(trained.model, batches, trained.data.tokenizer.token_bytes(), trained.runtime.device)
     baselines = trained.data.baselines

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import ava_exp.losses.cross_entropy
-import ava_exp.nn.attention.grouped
+import ava_exp.nn.attention.softmax
 import ava_exp.nn.moe.dispatch
 from ava_exp.config.architecture import Architecture
 from ava_exp.config.attention import AttentionBackend, GroupedAttentionConfig
@@ -149,4 +149,4 @@ def test_all_parts_are_added_up() -> None:
 
 def test_its_constants_are_those_of_the_code() -> None:
     assert memory.SLICE_VALUES == ava_exp.losses.cross_entropy.SLICE_VALUES
-    assert memory.PLAIN_LENGTH == ava_exp.nn.attention.grouped.PLAIN_LENGTH
+    assert memory.PLAIN_LENGTH == ava_exp.nn.attention.softmax.PLAIN_LENGTH
