@@ -52,10 +52,7 @@ def train_step(
         output = model(batch.input_ids.to(device, non_blocking=True), documents_BT=batch.documents_on(device))
         labels = batch.labels.to(device, non_blocking=True)
         tally.add(output.routings)
-        chosen = [routing.counts for routing in output.head_routings]
-        head_counts = (
-            [so_far + counts for so_far, counts in zip(head_counts, chosen, strict=True)] if head_counts else chosen
-        )
+        head_counts = _added(head_counts, [routing.counts for routing in output.head_routings])
         context = StepContext(
             num_tokens=num_tokens,
             loss_scale=updater.loss_scale.scale,
@@ -72,3 +69,7 @@ def train_step(
     return StepMetrics(
         losses=losses, grad_norm=norm, applied=applied, num_tokens=num_tokens, tally=tally, head_counts=head_counts
     )
+
+
+def _added(so_far: list[Tensor], counts: list[Tensor]) -> list[Tensor]:
+    return [one + other for one, other in zip(so_far, counts, strict=True)] if so_far else counts

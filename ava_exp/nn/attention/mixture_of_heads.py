@@ -95,7 +95,7 @@ class MixtureOfHeads(GroupedAttention):
         routed ones are chosen, (B, T, R) bool; and the routing of the first `counts_B` tokens of every sequence."""
         x = x_BTD.to(torch.promote_types(x_BTD.dtype, torch.float32))
         logits = F.linear(x, self.head_router.weight.to(x.dtype))
-        sizes = (self.num_shared_heads, self.num_routed_heads, self._num_kinds)
+        sizes = [self.num_shared_heads, self.num_routed_heads, self._num_kinds]
         shared, routed, kinds = torch.split(logits, sizes, dim=-1)
         probabilities = routed.softmax(dim=-1)
         ids = probabilities.detach().topk(self.heads_per_token, dim=-1).indices
