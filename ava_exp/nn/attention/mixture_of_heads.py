@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ava_exp.config.attention import AttentionBackend
+from ava_exp.nn.attention.band import Band
 from ava_exp.nn.attention.cache import AttentionContext, Held
 from ava_exp.nn.attention.grouped import GroupedAttention
 
@@ -125,6 +126,10 @@ class MixtureOfHeads(GroupedAttention):
         length = q_BHTC.shape[2]
         whole = isinstance(held.starts, int) and held.starts == 0 and length > 1
         if not whole or self.heads_per_token > MOST_GATHERED * self.num_routed_heads:
+            return None
+        # Fused kernels and bands leave out what nobody sees; with a mask for gathered tokens they would compute it.
+        in_band = self.sliding_window is not None and Band.of(length, self.sliding_window) is not None
+        if in_band or self.attend.choose(q_BHTC.device, length) is not AttentionBackend.plain:
             return None
         busiest = int(chosen_BTR.sum(dim=1).max())
         if busiest > MOST_GATHERED * length:

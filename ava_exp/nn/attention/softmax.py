@@ -86,7 +86,7 @@ class SoftmaxAttention:
         None is causal for T = S, and everything for one query.
         """
         length, num_keys = q_RHTC.shape[2], k_RKSC.shape[2]
-        backend = self._choose(q_RHTC.device, num_keys)
+        backend = self.choose(q_RHTC.device, num_keys)
         if backend is AttentionBackend.flex:
             sees = _sees(Held(k_RKSC, v_RKSC, 0), None, None) if mask is None else _sees_by(mask)
             return self._flex(q_RHTC, Held(k_RKSC, v_RKSC, 0), sees, dropout)
@@ -115,7 +115,8 @@ class SoftmaxAttention:
             properties += [f"dropout {dropout:g}"] if dropout > 0 else []
             self._refuse(f"torch has no such kernel for {', '.join(properties)} on this {_name(q_RHTC.device)}")
 
-    def _choose(self, device: torch.device, num_keys: int) -> AttentionBackend:
+    def choose(self, device: torch.device, num_keys: int) -> AttentionBackend:
+        """Return the back end for so many keys, and log what has not been chosen before."""
         backend = self.backend
         if backend is AttentionBackend.auto:
             short = device.type == "cpu" and num_keys <= PLAIN_LENGTH
@@ -138,7 +139,7 @@ class SoftmaxAttention:
             self._refuse("torch's flexible product has no dropout, but `attention.attention_dropout` is above 0")
         if device.type != "cuda" and needs_grad:
             self._refuse(f"torch's flexible product trains on a CUDA device only, and this is {_name(device)}")
-        self._choose(device, held.keys.shape[2])
+        self.choose(device, held.keys.shape[2])
         batch, num_heads, length, _ = q_RHTC.shape
         grouped = num_heads != held.keys.shape[1]
         blocks = create_block_mask(sees, batch, num_heads, length, held.keys.shape[2], device=device)
