@@ -94,7 +94,7 @@ class RouterLoss:
 
 @dataclass(slots=True)
 class HeadBalanceLoss:
-    """The balance loss of routed attention heads, mean over the layers: 1 when all are used alike [jin2024moh] §3.2.
+    """The balance loss of routed attention heads, mean over the layers: 1 when all are used alike [jin2024moh].
 
     The paper's is smaller, by the number of routed heads over those that a token chooses. With accumulation it is the
     mean of the micro-batches' losses.

@@ -107,7 +107,7 @@ class _Read:
             return 0, 0
         chunk = max(SMALLEST_CHUNK, -(-(self.window - 1) // CHUNKS_A_WINDOW))
         num_before = -(-(self.window - 1) // chunk)
-        return (chunk, num_before) if chunk * (num_before + 1) < self.length else (0, 0)
+        return (chunk, num_before) if 2 * chunk * (num_before + 1) <= self.length else (0, 0)
 
 
 def kept_attention_bytes(

@@ -26,10 +26,11 @@ class Band:
 
     @classmethod
     def of(cls, length: int, window: int) -> Self | None:
-        """Return the band of a window over T entries; None where it would save no scores."""
+        """Return the band of a window over T entries; None where it saves less than half of the scores, for which keys
+        and values are copied."""
         chunk = band_chunk(window)
         num_before = -(-(window - 1) // chunk)
-        return cls(length, window, chunk, num_before) if chunk * (num_before + 1) < length else None
+        return cls(length, window, chunk, num_before) if 2 * chunk * (num_before + 1) <= length else None
 
     @property
     def num_chunks(self) -> int:

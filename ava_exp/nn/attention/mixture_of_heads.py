@@ -43,7 +43,7 @@ class MixtureOfHeads(GroupedAttention):
 
     The first heads are the shared ones. Their weights are a softmax over them, those of the chosen heads their router
     probabilities, renormalised over the chosen; two further weights, a softmax of their own, balance the two kinds
-    [jin2024moh] §3.2. All three are multiplied by the number that they sum over, so that equal weights are 1 and with
+    [jin2024moh]. All three are multiplied by the number that they sum over, so that equal weights are 1 and with
     all heads chosen give multi-head attention. Heads share keys and values in groups as in grouped attention, and a
     head reads those of all tokens, whether or not they chose it.
     """

@@ -158,11 +158,11 @@ def test_gathered_heads_are_computed_where_they_pay(monkeypatch: pytest.MonkeyPa
 def test_a_band_is_made_where_it_saves_scores() -> None:
     band_module.SMALLEST_CHUNK, before = 32, band_module.SMALLEST_CHUNK
     try:
-        assert Band.of(64, 32) is None
-        assert Band.of(65, 32) is not None
+        assert Band.of(127, 32) is None
+        assert Band.of(128, 32) is not None
         band = Band.of(1000, 128)
         assert band is not None and (band.chunk, band.num_before, band.num_chunks) == (64, 2, 16)
-        assert Band.of(192, 128) is None and Band.of(193, 128) is not None
+        assert Band.of(383, 128) is None and Band.of(384, 128) is not None
     finally:
         band_module.SMALLEST_CHUNK = before
 
