@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from ava_exp.config.attention import AttentionBackend, MixtureOfHeadsConfig, MultiLevelAttentionConfig
 from ava_exp.config.data import BPEConfig
 from ava_exp.config.faults import Fault, Rule, Severity, error
 from ava_exp.config.machine import Precision
@@ -76,6 +77,9 @@ BOUNDS = (
             "sparsity.router.num_groups",
             "sparsity.router.groups_per_token",
             "sparsity.router.max_experts",
+            "attention.sliding_window",
+            "attention.num_levels",
+            "attention.heads_per_token",
             "data.sequence_length",
             "tokenizer.min_frequency",
             "schedule.num_cycles",
@@ -140,6 +144,8 @@ BOUNDS = (
             "seed",
             "model.load_balancing_weight",
             "sparsity.num_shared_experts",
+            "attention.num_shared_heads",
+            "attention.head_balance_weight",
             "sparsity.first_k_dense",
             "sparsity.router.load_balancing_weight",
             "sparsity.router.load_balancing_weight_end",
@@ -180,7 +186,7 @@ BOUNDS = (
     Bound(
         "above 0 and at most 1",
         lambda value: 0 < value <= 1,
-        ("stage.top_p", "stage.assumed_mfu", "sparsity.router.threshold"),
+        ("stage.top_p", "stage.assumed_mfu", "sparsity.router.threshold", "attention.progressive_sparsity"),
     ),
     Bound("above 1", lambda value: value > 1, ("precision.scale_factor",)),
 )
@@ -227,6 +233,41 @@ def _heads_divide(config: RunConfig) -> Iterator[Fault]:
         yield error("model.num_kv_heads", f"a divisor of `model.num_heads` ({model.num_heads})", model.num_kv_heads)
     if model.head_dim % 2:
         yield error("model.head_dim", "even, since rotary positions turn pairs of values", model.head_dim)
+
+
+def _heads_are_enough(config: RunConfig) -> Iterator[Fault]:
+    attention, num_heads = config.attention, config.model.num_heads
+    if isinstance(attention, MixtureOfHeadsConfig):
+        shared, chosen = attention.num_shared_heads, attention.heads_per_token
+        if shared >= num_heads:
+            yield error("attention.num_shared_heads", f"below `model.num_heads` ({num_heads})", shared)
+        elif shared + chosen > num_heads:
+            expected = f"at most {num_heads - shared}, the heads that are not shared"
+            yield error("attention.heads_per_token", expected, chosen)
+
+
+def _flexible_attention_drops_nothing(config: RunConfig) -> Iterator[Fault]:
+    dropout = value_at(config, "attention.attention_dropout")
+    if value_at(config, "attention.backend") is AttentionBackend.flex and dropout:
+        yield error("attention.attention_dropout", "0 with `attention.backend=flex`, which has none", dropout)
+
+
+def _levels_have_windows(config: RunConfig) -> Iterator[Fault]:
+    attention = config.attention
+    if not isinstance(attention, MultiLevelAttentionConfig):
+        return
+    if attention.progressive_sparsity != 1 and attention.sliding_window is None:
+        remedy = "It says how the window shrinks from level to level."
+        yield error(
+            "attention.progressive_sparsity",
+            "1 without `attention.sliding_window`",
+            attention.progressive_sparsity,
+            remedy,
+        )
+    coarsest, length = 2 ** (min(attention.num_levels, 64) - 1), config.data.sequence_length
+    if coarsest > length:
+        expected = f"so few that a block of the coarsest ({coarsest}) fits `data.sequence_length` ({length})"
+        yield error("attention.num_levels", expected, attention.num_levels)
 
 
 def _router_fits_the_experts(config: RunConfig) -> Iterator[Fault]:
@@ -404,6 +445,9 @@ RULES: tuple[Rule, ...] = (
     _numbers_are_finite,
     _name_is_a_file_name,
     _heads_divide,
+    _heads_are_enough,
+    _levels_have_windows,
+    _flexible_attention_drops_nothing,
     _router_fits_the_experts,
     _capacity_has_a_meaning,
     _dense_layers_leave_some,

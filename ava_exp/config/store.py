@@ -20,6 +20,8 @@ SCHEMAS: dict[str, Any] = {
     "stage/surgery": stage.SurgeryConfig,
     "model": model.ModelConfig,
     "attention/grouped": attention.GroupedAttentionConfig,
+    "attention/multi_level": attention.MultiLevelAttentionConfig,
+    "attention/mixture_of_heads": attention.MixtureOfHeadsConfig,
     "sparsity/dense": model.DenseConfig,
     "sparsity/moe": model.MoEConfig,
     "mod/none": mod.NoModConfig,

@@ -19,7 +19,7 @@ from omegaconf.errors import (
 from yaml import MarkedYAMLError
 
 from ava_exp.config.run import RunConfig
-from ava_exp.config.schema import all_keys, annotations_at, field_types, in_words, keys_beside, options_with
+from ava_exp.config.schema import all_keys, annotations_at, field_types, in_words, options_with
 from ava_exp.errors import did_you_mean, must_be, nearest
 
 
@@ -98,12 +98,19 @@ def _unknown_key(key: str, error: OmegaConfBaseException, groups: Iterable[str])
     siblings = [f"{parent}.{field}" for field in field_types(chosen)] if dataclasses.is_dataclass(chosen) else []
     if not siblings:
         return f"`{key}` does not exist: `{parent}` has no keys here."
-    near_in = next((keys for keys in (siblings, keys_beside(key)) if nearest(_last(key), map(_last, keys))), siblings)
-    return f"`{key}` does not exist: {suggest_key(key, near_in)}"
+    near = nearest(key.rpartition(".")[2], [sibling.rpartition(".")[2] for sibling in siblings])
+    return f"`{key}` does not exist: " + (suggest_key(key, siblings) if near else _of_other_options(key, siblings))
 
 
-def _last(key: str) -> str:
-    return key.rpartition(".")[2]
+def _of_other_options(key: str, siblings: Iterable[str]) -> str:
+    """Suggest keys that other options of the section have, or list those of the chosen one."""
+    parent = key.rpartition(".")[0]
+    others = {other.rpartition(".")[2]: other for other in all_keys() if other.rpartition(".")[0] == parent}
+    close = [others[part] for part in nearest(key.rpartition(".")[2], others)]
+    if not close:
+        return suggest_key(key, siblings)
+    options = dict.fromkeys(option for other in close for option in options_with(other))
+    return f"{_did_you_mean(close)} That needs " + " or ".join(f"`{option}`" for option in options) + "."
 
 
 def suggest_key(key: str, siblings: Iterable[str]) -> str:

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ava_exp.config.attention import AttentionConfig, MixtureOfHeadsConfig
 from ava_exp.config.model import MoEConfig, SparsityConfig
 from ava_exp.config.router import BalanceScope
 from ava_exp.data.loader import IGNORED
@@ -91,9 +92,32 @@ class RouterLoss:
             return torch.stack([self.measure(routing, counts) for routing, counts in layers]).mean() * share
 
 
-def build_losses(sparsity: SparsityConfig) -> list[LossTerm]:
+@dataclass(slots=True)
+class HeadBalanceLoss:
+    """The balance loss of routed attention heads, mean over the layers: 1 when all are used alike [jin2024moh].
+
+    The paper's is smaller, by the number of routed heads over those that a token chooses. With accumulation it is the
+    mean of the micro-batches' losses.
+    """
+
+    weight: float
+    name: str = "head_balance_loss"
+
+    def weight_at(self, progress: float) -> float:
+        return self.weight
+
+    def __call__(self, output: ModelOutput, labels_BT: Tensor, context: StepContext) -> Tensor:
+        share = int((labels_BT != IGNORED).sum()) / context.num_tokens
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.weight > 0):
+            losses = [load_balancing_loss(routing.probabilities, routing.counts) for routing in output.head_routings]
+            return torch.stack(losses).mean() * share
+
+
+def build_losses(sparsity: SparsityConfig, attention: AttentionConfig | None = None) -> list[LossTerm]:
     """Return the terms of the objective, cross entropy first."""
     terms: list[LossTerm] = [CrossEntropy()]
+    if isinstance(attention, MixtureOfHeadsConfig):
+        terms.append(HeadBalanceLoss(attention.head_balance_weight))
     if isinstance(sparsity, MoEConfig):
         router = sparsity.router
         for name, weight in router.losses().items():

@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ava_exp.config.architecture import Architecture
-from ava_exp.config.attention import AttentionConfig, GroupedAttentionConfig
+from ava_exp.config.attention import AttentionConfig
 from ava_exp.config.model import Activation, ModelConfig, MoEConfig, Overflow, SharedProjection, SparsityConfig
+from ava_exp.models.attention import attention_parameters, scores_per_token
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -63,12 +64,8 @@ def _part(name: str, total: int, multiplied: int) -> Part:
 
 
 def _attention_part(model: ModelConfig, attention: AttentionConfig) -> Part:
-    assert model.num_kv_heads is not None and model.head_dim is not None
-    query, key_value = model.num_heads * model.head_dim, 2 * model.num_kv_heads * model.head_dim
-    weights = model.hidden_size * (query + key_value) + query * model.hidden_size
-    bias = query + key_value + model.hidden_size if model.bias else 0
-    norms = 2 * model.head_dim if isinstance(attention, GroupedAttentionConfig) and attention.qk_norm else 0
-    return _part("attention", model.num_layers * (weights + bias + norms), multiplied=model.num_layers * weights)
+    total, multiplied = attention_parameters(model, attention)
+    return _part("attention", model.num_layers * total, multiplied=model.num_layers * multiplied)
 
 
 def _feed_forward_parts(model: ModelConfig, sparsity: SparsityConfig) -> list[Part]:
@@ -141,13 +138,13 @@ def forward_flops_per_token(architecture: Architecture, sequence_length: int) ->
     """Floating-point operations of one token's forward pass: 2 for each multiplied weight, and attention's products.
 
     Softmax, norms and the rotary embedding are left out, as in [chowdhery2022palm] app. B. Attention is counted
-    causally: a token looks at (T + 1) / 2 positions on average, where the paper counts all T.
+    causally: a token looks at (T + 1) / 2 positions on average, where the paper counts all T; see `scores_per_token`.
     """
     model = architecture.model
     assert model.head_dim is not None
     weights = 2 * count_parameters(architecture).multiplied
-    positions = (sequence_length + 1) / 2
-    return weights + 4 * model.num_layers * model.num_heads * model.head_dim * positions
+    scores = scores_per_token(model, architecture.attention, sequence_length)
+    return weights + 4 * model.num_layers * model.head_dim * scores
 
 
 def training_flops_per_token(architecture: Architecture, sequence_length: int) -> float:

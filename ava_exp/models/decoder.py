@@ -14,6 +14,7 @@ from ava_exp.config.model import DenseConfig, ModelConfig, MoEConfig, Overflow, 
 from ava_exp.config.training import Recompute
 from ava_exp.errors import ConfigError
 from ava_exp.nn.attention.cache import AttentionContext, KeyValueCache
+from ava_exp.nn.attention.mixture_of_heads import HeadRouting
 from ava_exp.nn.ffn import FeedForward
 from ava_exp.nn.init import initialize
 from ava_exp.nn.moe.experts import Experts
@@ -45,12 +46,15 @@ class Block(nn.Module):
         self.feed_forward = build_feed_forward(model, sparsity, layer)
         self.dropout = model.dropout
 
-    def forward(self, x_BTD: Tensor, context: AttentionContext) -> tuple[Tensor, Routing | None]:
-        """Map (B, T, D) to (B, T, D); the routing is None where the feed-forward network is dense."""
-        x_BTD = x_BTD + self._drop(self.attention(self.attention_norm(x_BTD), context))
+    def forward(self, x_BTD: Tensor, context: AttentionContext) -> tuple[Tensor, Routing | None, HeadRouting | None]:
+        """Map (B, T, D) to (B, T, D). A routing is None where the feed-forward network is dense, or where all tokens
+        use all heads."""
+        mixed = self.attention(self.attention_norm(x_BTD), context)
+        mixed_BTD, heads = mixed if isinstance(mixed, tuple) else (mixed, None)
+        x_BTD = x_BTD + self._drop(mixed_BTD)
         y = self.feed_forward(self.feed_forward_norm(x_BTD))
         y_BTD, routing = y if isinstance(y, tuple) else (y, None)
-        return x_BTD + self._drop(y_BTD), routing
+        return x_BTD + self._drop(y_BTD), routing, heads
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout > 0 else x
@@ -168,17 +172,19 @@ class Decoder(nn.Module):
         """
         context = self._context(ids_BT, cache, counts_B, documents_BT)
         x_BTD = self.embedding(ids_BT)
-        routings = []
+        routings, head_routings = [], []
         offloads = self.offload_activations and torch.is_grad_enabled()
         with offload([*self.parameters(), self.cos, self.sin]) if offloads else nullcontext():
             for block in self.blocks:
-                x_BTD, routing = self._run(block, x_BTD, context)
+                x_BTD, routing, heads = self._run(block, x_BTD, context)
                 if routing is not None:
                     routings.append(routing)
+                if heads is not None:
+                    head_routings.append(heads)
         if cache is not None:
             cache.advance(ids_BT.shape[1] if counts_B is None else counts_B)
         weight = self.embedding.weight if self.head is None else self.head.weight
-        return ModelOutput(self.final_norm(x_BTD), weight, routings)
+        return ModelOutput(self.final_norm(x_BTD), weight, routings, head_routings)
 
     def _context(
         self, ids_BT: Tensor, cache: KeyValueCache | None, counts_B: Tensor | None, documents_BT: Tensor | None
@@ -205,7 +211,9 @@ class Decoder(nn.Module):
         """Return the layers that are mixtures of experts, in the order of an output's `routings`."""
         return [block.feed_forward for block in self.blocks if isinstance(block.feed_forward, MoELayer)]
 
-    def _run(self, block: nn.Module, x_BTD: Tensor, context: AttentionContext) -> tuple[Tensor, Routing | None]:
+    def _run(
+        self, block: nn.Module, x_BTD: Tensor, context: AttentionContext
+    ) -> tuple[Tensor, Routing | None, HeadRouting | None]:
         if self.recompute is Recompute.none or not torch.is_grad_enabled():
             return block(x_BTD, context)  # type: ignore[no-any-return]
         return run_recomputed(block, self.recompute, x_BTD, context)  # type: ignore[no-any-return]

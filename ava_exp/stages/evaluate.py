@@ -31,6 +31,7 @@ def run(config: RunConfig) -> int:
         sequence_length=length,
         batch_size=max(1, trained.runtime.resolution.batch_size * own_length // length),
         max_tokens=settings.max_tokens,
+        mask_documents=trained.config.data.mask_documents,
     )
     if settings.by_position:
         return _by_position(trained, settings, batches)

@@ -207,6 +207,7 @@ class Comparison:
             sequence_length=self.config.data.sequence_length,
             batch_size=runtime.resolution.batch_size,
             max_tokens=self.max_tokens,
+            mask_documents=self.config.data.mask_documents,
         )
 
     def _read(self) -> PositionReport | None:

@@ -39,6 +39,7 @@ def run(config: RunConfig) -> int:
         sequence_length=saved.config.data.sequence_length,
         batch_size=saved.runtime.resolution.batch_size,
         max_tokens=settings.max_tokens,
+        mask_documents=saved.config.data.mask_documents,
     )
     report = surgeon.operate(settings, list(batches), step=state.step, device=saved.runtime.device)
     if settings.operation not in SETTINGS:

@@ -180,6 +180,8 @@ class Trainer(ExpertSurgery):
             "sample_crc32": zlib.crc32(np.concatenate([batch.sample_ids for batch in batches]).tobytes()),
             "skipped": not metrics.applied,
         }
+        if metrics.head_counts:
+            record["head_load"] = [(counts / counts.sum()).tolist() for counts in metrics.head_counts]
         return record | self._routing_record()
 
     def _routing_record(self) -> Record:
