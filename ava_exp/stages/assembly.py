@@ -193,7 +193,7 @@ def build_trainer(
         build_loader(config, runtime, data),
         updater,
         build_schedule(config, runtime, total_steps),
-        build_losses(config.sparsity),
+        build_losses(config.sparsity, config.loss),
         total_steps,
         state=state,
         gradient_clip_val=config.training.gradient_clip_val,
