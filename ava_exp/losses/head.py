@@ -55,6 +55,7 @@ def linear_measures(
     unwanted: Mapping[Measure, TokenSets] | None = None,
     divisor: float = 1.0,
     expected_scale: float = 1.0,
+    nats_N: Tensor | None = None,
 ) -> dict[Measure, Tensor]:
     """Return the measures that have a key in `weights`, each summed over the labels that are not `IGNORED` and divided
     by `divisor`: fp32 scalars (fp64 for fp64). `unwanted` has the tokens of the two repetitions.
@@ -64,8 +65,11 @@ def linear_measures(
 
     Gradients are those of Σ weight · measure, and of no other combination: the backward pass must begin with the
     weights times one common factor, which is best `expected_scale`, as in `linear_cross_entropy`.
+
+    `nats_N`, where it is given, is filled with each row's own -log p(label), which means nothing where the label is
+    `IGNORED`.
     """
-    sums = _Pass(labels_N, dict(weights), dict(unwanted or {}), divisor, expected_scale)
+    sums = _Pass(labels_N, dict(weights), dict(unwanted or {}), divisor, expected_scale, nats_N)
     if torch.is_grad_enabled() and (hidden_ND.requires_grad or head_VD.requires_grad):
         values_K: Tensor = _LinearMeasures.apply(hidden_ND, head_VD, sums)  # type: ignore[no-untyped-call]
     else:
@@ -108,6 +112,7 @@ class _Pass:
     unwanted: dict[Measure, TokenSets]
     divisor: float
     expected_scale: float
+    nats: Tensor | None
 
     def run(
         self,
@@ -126,12 +131,14 @@ class _Pass:
             logits_SV = hidden_ND[rows] @ head_VD.t()
             for part in cached_parts(logits_SV):
                 own = slice(rows.start + part.start, rows.start + part.stop)
-                rows_RV = _Rows(logits_SV[part], labels_N1[own])
-                for measure, value_R in self._measure(rows_RV, own, mean_V):
+                some = _Rows(logits_SV[part], labels_N1[own])
+                if self.nats is not None:
+                    self.nats[own] = some.nats_R
+                for measure, value_R in self._measure(some, own, mean_V):
                     sums[measure] += value_R.masked_fill(~valid_N[own], 0).sum()
                 if grad_hidden is not None or grad_head is not None:
                     scale_R1 = valid_N[own, None] / (self.divisor / self.expected_scale)
-                    torch.mul(rows_RV.gradient(), scale_R1, out=logits_SV[part])
+                    torch.mul(some.gradient(), scale_R1, out=logits_SV[part])
             if grad_hidden is not None:
                 torch.mm(logits_SV, head_VD, out=grad_hidden[rows])
             if grad_head is not None:
@@ -162,6 +169,7 @@ class _Rows:
         # From the largest probability, which cannot vanish: a third of the time of `logsumexp`.
         self.log_partition_R = self.z_RV.amax(dim=1) - self.p_RV.amax(dim=1).log()
         self.label_logits_R = self.z_RV.gather(1, labels_R1)[:, 0]
+        self.nats_R = self.log_partition_R - self.label_logits_R
         self.by_row_R = torch.zeros_like(self.log_partition_R)
         self.by_token_RV: Tensor | None = None
         self.at_label, self.everywhere = 0.0, 0.0
@@ -170,7 +178,7 @@ class _Rows:
     def cross_entropy(self, weight: float) -> Tensor:
         self.by_row_R += weight
         self.at_label -= weight
-        return self.log_partition_R - self.label_logits_R
+        return self.nats_R
 
     def label_smoothing(self, weight: float) -> Tensor:
         self.at_label += weight

@@ -173,6 +173,16 @@ def test_a_weight_of_0_measures_without_a_gradient() -> None:
     assert not any(gradient.any() for gradient in torch.autograd.grad(nothing, inputs))
 
 
+@pytest.mark.usefixtures("slices")
+def test_every_row_s_own_nats() -> None:
+    problem, nats = Problem(), torch.empty(SEQUENCES * LENGTH, dtype=torch.float64)
+    labels = problem.labels.flatten()
+    problem.measured(WEIGHTS, nats_N=nats)
+    expected = F.cross_entropy(F.linear(problem.hidden, problem.head), labels, ignore_index=IGNORED, reduction="none")
+    valid = labels != IGNORED
+    torch.testing.assert_close(nats[valid], expected.detach()[valid])
+
+
 def test_gradients_of_another_combination_are_refused() -> None:
     values = Problem().measured({Measure.cross_entropy: 1.0, Measure.z: 0.1})
     with pytest.raises(AssertionError, match="minimised with their weights"):
