@@ -229,6 +229,12 @@ def _heads_divide(config: RunConfig) -> Iterator[Fault]:
         yield error("model.head_dim", "even, since rotary positions turn pairs of values", model.head_dim)
 
 
+def _mixture_has_activations(config: RunConfig) -> Iterator[Fault]:
+    names = [activation.name for activation in config.model.mixed_activations]
+    if not names or len(set(names)) < len(names):
+        yield error("model.mixed_activations", "at least one activation, none of them twice", names)
+
+
 def _router_fits_the_experts(config: RunConfig) -> Iterator[Fault]:
     sparsity = config.sparsity
     if not isinstance(sparsity, MoEConfig):
@@ -365,6 +371,7 @@ RULES: tuple[Rule, ...] = (
     _numbers_are_finite,
     _name_is_a_file_name,
     _heads_divide,
+    _mixture_has_activations,
     _router_fits_the_experts,
     _capacity_has_a_meaning,
     _dense_layers_leave_some,

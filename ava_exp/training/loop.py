@@ -20,6 +20,7 @@ from ava_exp.losses.terms import LossTerm, require_balance_loss
 from ava_exp.models.arithmetic import StepFlops
 from ava_exp.models.decoder import Decoder
 from ava_exp.models.surgery import Surgeon, SurgeryReport
+from ava_exp.nn.activation import activation_weights
 from ava_exp.optim.schedules import Schedule
 from ava_exp.optim.update import Updater
 from ava_exp.training.history import RoutingHistory
@@ -222,8 +223,13 @@ class Trainer(ExpertSurgery):
                 "seconds": result.seconds,
                 "final": final,
                 **routing,
+                **self._activation_record(),
             }
         )
+
+    def _activation_record(self) -> Record:
+        weights = activation_weights(self.model)
+        return {"activation_weights": weights} if weights else {}
 
     def _save(self) -> None:
         if self.save is not None:
