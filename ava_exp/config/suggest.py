@@ -19,7 +19,7 @@ from omegaconf.errors import (
 from yaml import MarkedYAMLError
 
 from ava_exp.config.run import RunConfig
-from ava_exp.config.schema import all_keys, annotations_at, field_types, in_words, options_with
+from ava_exp.config.schema import all_keys, annotations_at, field_types, in_words, keys_beside, options_with
 from ava_exp.errors import did_you_mean, must_be, nearest
 
 
@@ -96,15 +96,19 @@ def _unknown_key(key: str, error: OmegaConfBaseException, groups: Iterable[str])
         return f"`{key}` does not exist: {_like_top_level(key, groups)}"
     chosen = error.object_type
     siblings = [f"{parent}.{field}" for field in field_types(chosen)] if dataclasses.is_dataclass(chosen) else []
-    return f"`{key}` does not exist: " + (suggest_key(key, siblings) if siblings else f"`{parent}` has no keys here.")
+    suggestion = suggest_key(key, siblings, keys_beside(key)) if siblings else f"`{parent}` has no keys here."
+    return f"`{key}` does not exist: {suggestion}"
 
 
-def suggest_key(key: str, siblings: Iterable[str]) -> str:
-    """Return 'did you mean …?' with full keys, or all of them. Only the last parts are compared: the rest is equal."""
+def suggest_key(key: str, siblings: Iterable[str], others: Iterable[str] = ()) -> str:
+    """Return 'did you mean …?' with full keys, or all siblings. Only the last parts are compared: the rest is equal.
+
+    Keys of `others` are meant where no sibling can be.
+    """
     by_last_part = {sibling.rpartition(".")[2]: sibling for sibling in siblings}
-    close = nearest(key.rpartition(".")[2], by_last_part)
-    if close:
-        return _did_you_mean(by_last_part[part] for part in close)
+    for names in (by_last_part, {other.rpartition(".")[2]: other for other in others}):
+        if close := nearest(key.rpartition(".")[2], names):
+            return _did_you_mean(names[part] for part in close)
     return "there is " + ", ".join(f"`{sibling}`" for sibling in by_last_part.values()) + "."
 
 

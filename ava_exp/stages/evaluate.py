@@ -28,7 +28,7 @@ def run(config: RunConfig) -> int:
     report = {
         "run": trained.folder.root.name,
         "step": trained.step,
-        **{name: value for name, value in dataclasses.asdict(metrics).items() if name != "routing"},
+        **{name: value for name, value in dataclasses.asdict(metrics).items() if name != "routing" and value != {}},
         "gzip_bits_per_byte": baselines.gzip_bits_per_byte,
         "xz_bits_per_byte": baselines.xz_bits_per_byte,
     }

@@ -20,7 +20,6 @@ from ava_exp.losses.terms import LossTerm, require_balance_loss
 from ava_exp.models.arithmetic import StepFlops
 from ava_exp.models.decoder import Decoder
 from ava_exp.models.surgery import Surgeon, SurgeryReport
-from ava_exp.nn.activation import activation_weights
 from ava_exp.optim.schedules import Schedule
 from ava_exp.optim.update import Updater
 from ava_exp.training.history import RoutingHistory
@@ -211,6 +210,7 @@ class Trainer(ExpertSurgery):
         if result.routing is not None:
             self.state.routing.choices = result.routing.choices
             routing = result.routing.record()
+        activations: Record = {"activation_weights": weights} if (weights := result.activation_weights) else {}
         self._emit(
             {
                 "kind": "eval",
@@ -223,13 +223,9 @@ class Trainer(ExpertSurgery):
                 "seconds": result.seconds,
                 "final": final,
                 **routing,
-                **self._activation_record(),
+                **activations,
             }
         )
-
-    def _activation_record(self) -> Record:
-        weights = activation_weights(self.model)
-        return {"activation_weights": weights} if weights else {}
 
     def _save(self) -> None:
         if self.save is not None:
