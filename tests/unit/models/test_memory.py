@@ -38,6 +38,9 @@ COMPOSITIONS = [
     (config(activation=Activation.gelu, norm=Norm.layer), GroupedAttentionConfig(), MOE),
     (config(activation=Activation.gelu, norm=Norm.layer), GroupedAttentionConfig(), DenseConfig()),
     (config(num_kv_heads=2), GroupedAttentionConfig(qk_norm=True), MOE),
+    (config(activation=Activation.mixture), GroupedAttentionConfig(), MOE),
+    (config(activation=Activation.mixture), GroupedAttentionConfig(), DenseConfig()),
+    (config(activation=Activation.hard_mixture), GroupedAttentionConfig(), DenseConfig()),
 ]
 
 
