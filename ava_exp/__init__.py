@@ -18,9 +18,11 @@ _MODULES = {
     "FileTokenizerConfig": "config.data",
     "FilesConfig": "config.data",
     "StdlibConfig": "config.data",
+    "LossConfig": "config.loss",
     "Activation": "config.model",
     "DenseConfig": "config.model",
     "GroupedAttentionConfig": "config.attention",
+    "MixedActivation": "config.model",
     "MoEConfig": "config.model",
     "ModelConfig": "config.model",
     "Norm": "config.model",
@@ -72,8 +74,10 @@ if TYPE_CHECKING:
     from ava_exp.config.data import FilesConfig as FilesConfig
     from ava_exp.config.data import FileTokenizerConfig as FileTokenizerConfig
     from ava_exp.config.data import StdlibConfig as StdlibConfig
+    from ava_exp.config.loss import LossConfig as LossConfig
     from ava_exp.config.model import Activation as Activation
     from ava_exp.config.model import DenseConfig as DenseConfig
+    from ava_exp.config.model import MixedActivation as MixedActivation
     from ava_exp.config.model import ModelConfig as ModelConfig
     from ava_exp.config.model import MoEConfig as MoEConfig
     from ava_exp.config.model import Norm as Norm

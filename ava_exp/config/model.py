@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from omegaconf import MISSING
@@ -20,10 +20,22 @@ class Norm(Enum):
 
 
 class Activation(Enum):
-    """Feed-forward network: two projections around GELU, or the gated three of SwiGLU."""
+    """Feed-forward network: two projections around GELU or what a layer learns, or the gated three of SwiGLU."""
 
     gelu = "gelu"
     swiglu = "swiglu"
+    mixture = "mixture"
+    hard_mixture = "hard_mixture"
+
+
+class MixedActivation(Enum):
+    """What a mixture of activations may hold."""
+
+    gelu = "gelu"
+    silu = "silu"
+    relu = "relu"
+    tanh = "tanh"
+    identity = "identity"
 
 
 class RopeScaling(Enum):
@@ -40,7 +52,7 @@ class ModelConfig:
     """Dimensions of a pre-norm decoder.
 
     `num_kv_heads`, `head_dim` and `intermediate_size` left null take the usual value: as many as `num_heads`,
-    `hidden_size / num_heads`, and for SwiGLU 8/3 of the hidden size rounded up to 256 (4 × for GELU). Of
+    `hidden_size / num_heads`, and for SwiGLU 8/3 of the hidden size rounded up to 256 (4 × for the others). Of
     `rope_scaling_factor` and `original_max_position_embeddings` one follows from the other.
     """
 
@@ -66,6 +78,15 @@ class ModelConfig:
     """
     max_position_embeddings: int = 2048
     activation: Activation = Activation.swiglu
+    mixed_activations: list[MixedActivation] = field(
+        default_factory=lambda: [
+            MixedActivation.gelu,
+            MixedActivation.silu,
+            MixedActivation.relu,
+            MixedActivation.tanh,
+        ]
+    )
+    """What `mixture` mixes and `hard_mixture` chooses from."""
     norm: Norm = Norm.rms
     norm_epsilon: float = 1e-5
     rope_theta: float = 10_000.0
@@ -123,6 +144,12 @@ class ModelConfig:
             self.rope_scaling_factor = length / original
         elif original is None and factor is not None and factor >= 1:
             self.original_max_position_embeddings = math.ceil(length / factor)
+
+    @property
+    def num_mixed_activations(self) -> int:
+        """Activations that every feed-forward network weighs: 0 where it has a given one."""
+        is_mixture = self.activation in (Activation.mixture, Activation.hard_mixture)
+        return len(self.mixed_activations) if is_mixture else 0
 
 
 class SharedProjection(Enum):

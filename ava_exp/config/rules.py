@@ -83,6 +83,7 @@ BOUNDS = (
             "data.sequence_length",
             "tokenizer.min_frequency",
             "schedule.num_cycles",
+            "loss.repetition_ngram_size",
             "hardware.batch_size",
             "hardware.num_devices",
             "hardware.num_threads",
@@ -154,6 +155,11 @@ BOUNDS = (
             "sparsity.router.sequence_balance_weight",
             "sparsity.router.routing_entropy_weight",
             "sparsity.router.bias_update_rate",
+            "loss.z_loss_weight",
+            "loss.immediate_repetition_weight",
+            "loss.repetition_penalty_weight",
+            "loss.entropy_regularization",
+            "loss.output_diversity_weight",
             "optimizer.weight_decay",
             "schedule.warmup_steps",
             "schedule.warmup_tokens",
@@ -175,6 +181,7 @@ BOUNDS = (
             "model.dropout",
             "attention.attention_dropout",
             "sparsity.expert_dropout",
+            "loss.label_smoothing",
             "sparsity.router.jitter",
             "sparsity.router.whole_expert_dropout",
             "sparsity.router.threshold_momentum",
@@ -268,6 +275,12 @@ def _levels_have_windows(config: RunConfig) -> Iterator[Fault]:
     if coarsest > length:
         expected = f"so few that a block of the coarsest ({coarsest}) fits `data.sequence_length` ({length})"
         yield error("attention.num_levels", expected, attention.num_levels)
+
+
+def _mixture_has_activations(config: RunConfig) -> Iterator[Fault]:
+    names = [activation.name for activation in config.model.mixed_activations]
+    if not names or len(set(names)) < len(names):
+        yield error("model.mixed_activations", "at least one activation, none of them twice", names)
 
 
 def _router_fits_the_experts(config: RunConfig) -> Iterator[Fault]:
@@ -448,6 +461,7 @@ RULES: tuple[Rule, ...] = (
     _heads_are_enough,
     _levels_have_windows,
     _flexible_attention_drops_nothing,
+    _mixture_has_activations,
     _router_fits_the_experts,
     _capacity_has_a_meaning,
     _dense_layers_leave_some,

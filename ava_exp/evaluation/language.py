@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from ava_exp.data.loader import IGNORED, Batch
 from ava_exp.evaluation.routing import RoutingMetrics, RoutingObserver
 from ava_exp.losses.cross_entropy import score_labels
 from ava_exp.models.decoder import Decoder
+from ava_exp.nn.activation import activation_weights
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -28,6 +29,8 @@ class LanguageMetrics:
     bytes: int
     seconds: float
     routing: RoutingMetrics | None = None
+    activation_weights: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Of the mixtures of activations, by where they are."""
 
 
 @torch.inference_mode()
@@ -68,4 +71,5 @@ def evaluate_language(
         bytes=num_bytes,
         seconds=time.monotonic() - started,
         routing=observer.metrics() if observer is not None else None,
+        activation_weights=activation_weights(model),
     )

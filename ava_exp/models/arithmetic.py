@@ -77,16 +77,18 @@ def _feed_forward_parts(model: ModelConfig, sparsity: SparsityConfig) -> list[Pa
     if num_dense := model.num_layers - num_sparse:
         weights = num_dense * matrices * hidden * model.intermediate_size
         bias = num_dense * ((matrices - 1) * model.intermediate_size + hidden) if model.bias else 0
-        parts.append(_part("feed-forward", weights + bias, multiplied=weights))
+        mixtures = num_dense * model.num_mixed_activations
+        parts.append(_part("feed-forward", weights + bias + mixtures, multiplied=weights))
     if isinstance(sparsity, MoEConfig) and num_sparse:
         router = num_sparse * sparsity.router.num_weights(hidden, sparsity.num_experts)
         parts += [_part("router", router, multiplied=router), _experts_part(model, sparsity)]
         network = num_sparse * matrices * hidden * expert_width(model, sparsity)
+        mixtures = num_sparse * model.num_mixed_activations
         if sparsity.num_shared_experts:
             shared = sparsity.num_shared_experts * network
-            parts.append(_part("shared experts", shared, multiplied=shared))
+            parts.append(_part("shared experts", shared + mixtures, multiplied=shared))
         if sparsity.capacity_factor is not None and sparsity.overflow is Overflow.residual:
-            parts.append(Part(name="residual expert", total=network, active=0, multiplied=0))
+            parts.append(Part(name="residual expert", total=network + mixtures, active=0, multiplied=0))
     return parts
 
 
@@ -97,8 +99,8 @@ def _experts_part(model: ModelConfig, sparsity: MoEConfig) -> Part:
     visits = experts_per_token(sparsity)
     return Part(
         name="experts",
-        total=layers * (sparsity.num_experts * (own + norm) + common),
-        active=round(layers * (visits * (own + norm) + common)),
+        total=layers * (sparsity.num_experts * (own + norm) + common + model.num_mixed_activations),
+        active=round(layers * (visits * (own + norm) + common + model.num_mixed_activations)),
         multiplied=round(layers * (visits * own + common)),
     )
 

@@ -63,8 +63,9 @@ class Block(nn.Module):
 def build_feed_forward(model: ModelConfig, sparsity: SparsityConfig, layer: int) -> nn.Module:
     """Return the dense network or the mixture of experts that `sparsity` asks for in this layer."""
     assert model.intermediate_size is not None
+    mixed = model.mixed_activations
     if isinstance(sparsity, DenseConfig) or (isinstance(sparsity, MoEConfig) and layer < sparsity.first_k_dense):
-        return FeedForward(model.hidden_size, model.intermediate_size, model.activation, model.bias)
+        return FeedForward(model.hidden_size, model.intermediate_size, model.activation, model.bias, mixed)
     assert isinstance(sparsity, MoEConfig)
     width = sparsity.intermediate_size or model.intermediate_size
     experts = Experts(
@@ -76,6 +77,7 @@ def build_feed_forward(model: ModelConfig, sparsity: SparsityConfig, layer: int)
         share=sparsity.share_projection,
         norm=sparsity.expert_norm,
         dropout=sparsity.expert_dropout,
+        mixed_activations=mixed,
     )
     has_residual = sparsity.capacity_factor is not None and sparsity.overflow is Overflow.residual
     return MoELayer(
@@ -106,7 +108,7 @@ def rotary_scaling(model: ModelConfig) -> RotaryScaling | None:
 
 
 def _network(model: ModelConfig, width: int) -> FeedForward:
-    return FeedForward(model.hidden_size, width, model.activation)
+    return FeedForward(model.hidden_size, width, model.activation, mixed_activations=model.mixed_activations)
 
 
 def _capacity(sparsity: MoEConfig) -> CapacityLimit | None:

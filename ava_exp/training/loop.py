@@ -212,6 +212,7 @@ class Trainer(ExpertSurgery):
         if result.routing is not None:
             self.state.routing.choices = result.routing.choices
             routing = result.routing.record()
+        activations: Record = {"activation_weights": weights} if (weights := result.activation_weights) else {}
         self._emit(
             {
                 "kind": "eval",
@@ -224,6 +225,7 @@ class Trainer(ExpertSurgery):
                 "seconds": result.seconds,
                 "final": final,
                 **routing,
+                **activations,
             }
         )
 

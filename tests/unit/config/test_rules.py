@@ -253,6 +253,13 @@ def is_number(annotation: Any) -> bool:
     return ("int" in text or "float" in text) and "bool" not in text and "enum" not in text and "str" not in text
 
 
+@pytest.mark.parametrize("names", ["[]", "[gelu,relu,gelu]"])
+def test_a_mixture_is_of_different_activations(names: str) -> None:
+    run = composed("model.activation=mixture", f"model.mixed_activations={names}")
+    assert error_keys(run) == {"model.mixed_activations"}
+    assert validate(composed("model.activation=hard_mixture", "model.mixed_activations=[tanh]")) == []
+
+
 def test_all_faults_are_told_at_once_the_gravest_first() -> None:
     overrides = ["model.num_heads=0", "sparsity.router.moe_top_k=99", "optimizer.learning_rate=-1", "name='/'"]
     faults = validate(composed(*overrides, "budget.chinchilla_multiplier=1"))
