@@ -21,6 +21,8 @@ _MODULES = {
     "Activation": "config.model",
     "DenseConfig": "config.model",
     "GroupedAttentionConfig": "config.attention",
+    "MixtureOfHeadsConfig": "config.attention",
+    "MultiLevelAttentionConfig": "config.attention",
     "MoEConfig": "config.model",
     "ModelConfig": "config.model",
     "Norm": "config.model",
@@ -65,6 +67,8 @@ _MODULES = {
 if TYPE_CHECKING:
     from ava_exp.config.architecture import Architecture as Architecture
     from ava_exp.config.attention import GroupedAttentionConfig as GroupedAttentionConfig
+    from ava_exp.config.attention import MixtureOfHeadsConfig as MixtureOfHeadsConfig
+    from ava_exp.config.attention import MultiLevelAttentionConfig as MultiLevelAttentionConfig
     from ava_exp.config.compose import compose as compose
     from ava_exp.config.data import BPEConfig as BPEConfig
     from ava_exp.config.data import FilesConfig as FilesConfig

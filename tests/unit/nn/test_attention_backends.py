@@ -56,26 +56,34 @@ def attend(backend: AttentionBackend, dropout: float = 0.0, requires_grad: bool 
         (
             AttentionBackend.memory_efficient,
             0.0,
-            "`attention.backend` cannot be `memory_efficient` here: torch has no such kernel for float32, "
-            "16 channels a head on this CPU. Use `auto`.",
+            (
+                "`attention.backend` cannot be `memory_efficient` here: torch has no such kernel for float32, "
+                "16 channels a head on this CPU. Use `auto`."
+            ),
         ),
         (
             AttentionBackend.flash,
             0.1,
-            "`attention.backend` cannot be `flash` here: torch has no such kernel for float32, 16 channels a head, "
-            "dropout 0.1 on this CPU. Use `auto`.",
+            (
+                "`attention.backend` cannot be `flash` here: torch has no such kernel for float32, 16 channels a head, "
+                "dropout 0.1 on this CPU. Use `auto`."
+            ),
         ),
         (
             AttentionBackend.flex,
             0.0,
-            "`attention.backend` cannot be `flex` here: torch's flexible product trains on a CUDA device only, "
-            "and this is CPU. Use `auto`.",
+            (
+                "`attention.backend` cannot be `flex` here: torch's flexible product trains on a CUDA device only, "
+                "and this is CPU. Use `auto`."
+            ),
         ),
         (
             AttentionBackend.flex,
             0.1,
-            "`attention.backend` cannot be `flex` here: torch's flexible product has no dropout, but "
-            "`attention.attention_dropout` is above 0. Use `auto`.",
+            (
+                "`attention.backend` cannot be `flex` here: torch's flexible product has no dropout, but "
+                "`attention.attention_dropout` is above 0. Use `auto`."
+            ),
         ),
     ],
 )
