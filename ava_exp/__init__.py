@@ -23,6 +23,8 @@ _MODULES = {
     "DenseConfig": "config.model",
     "GroupedAttentionConfig": "config.attention",
     "MixedActivation": "config.model",
+    "MixtureOfHeadsConfig": "config.attention",
+    "MultiLevelAttentionConfig": "config.attention",
     "MoEConfig": "config.model",
     "ModelConfig": "config.model",
     "Norm": "config.model",
@@ -69,6 +71,8 @@ _MODULES = {
 if TYPE_CHECKING:
     from ava_exp.config.architecture import Architecture as Architecture
     from ava_exp.config.attention import GroupedAttentionConfig as GroupedAttentionConfig
+    from ava_exp.config.attention import MixtureOfHeadsConfig as MixtureOfHeadsConfig
+    from ava_exp.config.attention import MultiLevelAttentionConfig as MultiLevelAttentionConfig
     from ava_exp.config.compose import compose as compose
     from ava_exp.config.data import BPEConfig as BPEConfig
     from ava_exp.config.data import FilesConfig as FilesConfig

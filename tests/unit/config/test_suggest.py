@@ -36,6 +36,7 @@ def complaint(*overrides: str) -> str:
         ("optimizer.betas=3", "`optimizer.betas` must be a list, but is 3 instead."),
         ("training=3", "`training` must be a section with keys of its own, but is 3 instead."),
         ("schedule.decay_ratio=0.1", "is not a key of the chosen option, but of `schedule=wsd`."),
+        ("attention.num_level=2", "did you mean `attention.num_levels`? That needs `attention=multi_level`."),
         ("stage.promt=x", "`stage.promt` does not exist: `stage` has no keys here."),
         ("tracker.tags.a=b", "`tracker.tags.a` is new in a mapping: write `+tracker.tags.a=…`."),
         ("data=files", "`data.paths` must be given"),

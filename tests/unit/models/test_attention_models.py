@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,15 +20,18 @@ from ava_exp.config.attention import (
     MixtureOfHeadsConfig,
     MultiLevelAttentionConfig,
 )
+from ava_exp.config.compose import compose
 from ava_exp.config.model import DenseConfig, DispatchBackend, ModelConfig, MoEConfig
 from ava_exp.config.router import TopKRouterConfig
 from ava_exp.config.training import Recompute
 from ava_exp.data.loader import Batch, number_documents
+from ava_exp.evaluation.language import evaluate_language
 from ava_exp.losses.balance import load_balancing_loss
-from ava_exp.losses.terms import HeadBalanceLoss, StepContext, build_losses
+from ava_exp.losses.terms import CrossEntropy, HeadBalanceLoss, StepContext, build_losses
 from ava_exp.models.arithmetic import count_parameters, forward_flops_per_token
-from ava_exp.models.attention import scores_per_token
+from ava_exp.models.attention import attention_parameters, kept_attention_bytes, scores_per_token
 from ava_exp.models.decoder import Decoder, build_model
+from ava_exp.models.surgery import measure
 from ava_exp.nn.output import ModelOutput
 from ava_exp.optim.update import Updater
 from ava_exp.training.step import train_step
@@ -231,6 +236,34 @@ def test_packed_documents_have_the_logits_that_they_have_alone(kind: str) -> Non
     assert not torch.allclose(packed[:, 8:], model(ids).logits[:, 8:], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["multi_level", "mixture_of_heads"])
+def test_experiments_cost_what_their_dense_partner_costs(name: str) -> None:
+    flops = []
+    for experiment in (f"equal_flops_{name}", "equal_flops_dense"):
+        run = compose(["~local", f"experiment={experiment}"])
+        flops.append(forward_flops_per_token(run.architecture, run.data.sequence_length))
+    assert flops[0] == pytest.approx(flops[1], rel=0.01)
+
+
+def test_the_table_of_costs_is_true() -> None:
+    """Every row of the documentation's table, from the closed forms and a cache."""
+    page = (Path(__file__).parents[3] / "docs" / "attention.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ((?:`attention[^|`]+` ?)+) \| (\d\.\d{3} .*) \|$", page, re.MULTILINE)
+    assert len(rows) == 6
+    for options, figures in rows:
+        run = compose(["~local", *re.findall(r"`([^`]+)`", options)])
+        plain = [scores_per_token(run.model, GROUPED(), length) for length in (256, 1024, 4096)]
+        ours = [scores_per_token(run.model, run.attention, length) for length in (256, 1024, 4096)]
+        cache = build_model(run.architecture, dtype=torch.bfloat16).new_cache(1, 64)
+        for layer in cache.layers:
+            heads = [buffer.shape[1] for buffer in layer.buffers]
+            layer.extend(*(torch.zeros(1, num, 64, 64) for num in heads))
+        kept = kept_attention_bytes(run.model, run.attention, 2, 256, on_cpu=True) / 1024
+        expected = [f"{share / whole:.3f}" for share, whole in zip(ours, plain, strict=True)]
+        expected += [f"{attention_parameters(run.model, run.attention)[0]:,}", f"{kept:.2f}"]
+        assert figures.split(" | ") == [*expected, str(cache.num_bytes // 64 // run.model.num_layers)]
+
+
 def test_documents_are_numbered_by_the_tokens_that_end_them() -> None:
     ids = torch.tensor([[5, 7, 0, 3, 0, 0, 9], [1, 2, 3, 4, 5, 6, 0]])
     assert number_documents(ids, 0).tolist() == [[0, 0, 0, 1, 1, 2, 3], [0] * 7]
@@ -260,3 +293,41 @@ def test_kinds_leave_the_start_of_everything_else_as_it_was(kind: str) -> None:
     theirs = dict(other.named_parameters())
     common = [name for name, _ in one.named_parameters() if name in theirs]
     assert len(common) > 20 and all(torch.equal(one.get_parameter(name), theirs[name]) for name in common)
+
+
+def test_documents_of_a_batch_reach_the_model_wherever_one_is_read() -> None:
+    model, ids = build("levels with windows", "moe"), some_ids(2, 25)
+    documents = number_documents(ids[:, :-1], int(ids[0, 7]))
+    labels = ids[:, 1:].contiguous()
+    parts = {"input_ids": ids[:, :-1], "labels": labels, "sample_ids": np.zeros(2, dtype=np.int64)}
+    losses = []
+    for known in (None, documents):
+        batch = Batch(**parts, documents=known)  # type: ignore[arg-type]
+        logits = model(batch.input_ids, documents_BT=known).logits
+        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).item()
+        evaluated = evaluate_language(model, [batch], np.ones(96, dtype=np.int64), torch.device("cpu"))
+        probed, _ = measure(model, [batch], torch.device("cpu"))
+        updater = Updater(
+            model,
+            lambda groups: torch.optim.AdamW(groups, lr=0.0),
+            weight_decay=0.0,
+            master_weights=False,
+            wide_states=False,
+        )
+        model.train()
+        step = train_step(
+            model,
+            updater,
+            [batch],
+            [CrossEntropy()],
+            learning_rate=0.0,
+            max_norm=1.0,
+            device=torch.device("cpu"),
+            backward=Tensor.backward,
+        )
+        model.eval()
+        losses.append(evaluated.loss)
+        assert evaluated.loss == pytest.approx(expected, rel=1e-5)
+        assert probed == pytest.approx(expected, rel=1e-5)
+        assert step.losses["loss"] == pytest.approx(expected, rel=1e-5)
+    assert abs(losses[0] - losses[1]) > 1e-3
