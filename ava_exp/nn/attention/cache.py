@@ -145,7 +145,8 @@ class LayerCache:
 def _enlarged(buffer: Tensor, dim: int, size: int) -> Tensor:
     shape = list(buffer.shape)
     shape[dim] = size
-    wider = torch.empty(shape, dtype=buffer.dtype, device=buffer.device)
+    # Not `empty`: what is masked still takes part in products, and what is no number stays none times zero.
+    wider = torch.zeros(shape, dtype=buffer.dtype, device=buffer.device)
     wider.narrow(dim, 0, buffer.shape[dim]).copy_(buffer)
     return wider
 
