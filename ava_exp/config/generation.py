@@ -29,7 +29,11 @@ class GenerationSettings:
 def faults_of(settings: GenerationSettings) -> Iterator[tuple[str, str, object]]:
     """Yield (field, what it must be, what it is) for what does not go together."""
     if settings.num_beams > 1 and settings.temperature != 0:
-        yield "temperature", f"0 with {settings.num_beams} beams, which are searched and not sampled", settings.temperature
+        yield (
+            "temperature",
+            f"0 with {settings.num_beams} beams, which are searched and not sampled",
+            settings.temperature,
+        )
     elif settings.num_beams > 1 and settings.num_samples > settings.num_beams:
         yield "num_samples", f"at most the {settings.num_beams} beams", settings.num_samples
     elif settings.num_beams == 1 and settings.temperature == 0 and settings.num_samples > 1:

@@ -65,7 +65,9 @@ def beam_search(
             for index, prompt in enumerate(prompts)
         ]
         found = list(searches)
-        logits_PV, cache = read_prompts(model, prompts, max(len(p) + s.room for p, s in zip(prompts, searches, strict=True)))
+        logits_PV, cache = read_prompts(
+            model, prompts, max(len(p) + s.room for p, s in zip(prompts, searches, strict=True))
+        )
         history = History(prompts, logits_PV.shape[1], settings, device)
         every = torch.arange(len(prompts), device=device).repeat_interleave(num_beams)
         logits_RV = logits_PV[every]
@@ -81,7 +83,9 @@ def beam_search(
             # Twice as many as beams: at most half of them end.
             best = totals_PBV.flatten(1).topk(2 * num_beams, dim=1)
             parents_PK, tokens_PK = best.indices // steps_RV.shape[1], best.indices % steps_RV.shape[1]
-            kept, rows, tokens, scores = _advance(searches, best.values, parents_PK, tokens_PK, length, settings, stop_id)
+            kept, rows, tokens, scores = _advance(
+                searches, best.values, parents_PK, tokens_PK, length, settings, stop_id
+            )
             if not kept:
                 return [search.ended for search in found]
             searches = kept

@@ -76,9 +76,10 @@ def renamed(model: Decoder) -> dict[str, torch.Tensor]:
         "lm_head.weight": state["head.weight"],
     }
     for layer in range(config.num_layers):
-        prefix, own = f"model.layers.{layer}.", {
-            name.removeprefix(f"blocks.{layer}."): value for name, value in state.items()
-        }
+        prefix, own = (
+            f"model.layers.{layer}.",
+            {name.removeprefix(f"blocks.{layer}."): value for name, value in state.items()},
+        )
         q, k, v = own["attention.query_key_value.weight"].split(rows)
         weights |= {
             f"{prefix}input_layernorm.weight": own["attention_norm.weight"],
