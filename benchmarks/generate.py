@@ -192,9 +192,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print(f"torch {torch.__version__}, {arguments.threads} threads, {arguments.prompt} + {arguments.new} tokens")
-    print(
-        "| model | ours, tokens/s | transformers, tokens/s | ratio | same texts | distinct tokens |\n|---|---|---|---|---|---|"
-    )
+    print("| model | ours, tokens/s | transformers, tokens/s | ratio | same texts | distinct tokens |")
+    print("|---|---|---|---|---|---|")
     ratios = [
         measure(Case(name == "experts", batch_size, FORMATS[format_name]), arguments)
         for name in arguments.models

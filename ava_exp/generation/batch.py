@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from ava_exp.config.rules import BOUNDS
 from ava_exp.errors import ConfigError, UserError, must_be
 from ava_exp.models.decoder import Decoder
 from ava_exp.nn.attention.cache import KeyValueCache
+from ava_exp.nn.packed import PackedProduct, packed
 
 
 def check_settings(settings: GenerationSettings) -> None:
@@ -38,15 +40,32 @@ def check_prompts(model: Decoder, prompts: Sequence[Sequence[int]]) -> None:
             raise UserError(must_be("prompt", f"of token ids from 0 to {vocab_size - 1}", wrong))
 
 
+FEW_TOKENS = 12
+"""Up to here, laying weights out anew takes longer than it saves."""
+
+
 @contextmanager
-def evaluating(model: Decoder) -> Iterator[None]:
-    """Switch to evaluation, and afterwards back to what it was."""
+def prepared(model: Decoder, max_new_tokens: int) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Make a model ready to generate, and afterwards again what it was: in evaluation, with packed weights where that
+    pays. Yields what turns hidden states (…, D) into logits (…, V) in fp32."""
     was_training = model.training
     model.eval()
     try:
-        yield
+        with packed(model, wanted=max_new_tokens > FEW_TOKENS) as is_packed:
+            yield _head_of(model, is_packed)
     finally:
         model.train(was_training)
+
+
+def _head_of(model: Decoder, is_packed: bool) -> Callable[[Tensor], Tensor]:
+    product: Callable[[Tensor], Tensor]
+    if model.head is not None:
+        product = model.head
+    elif is_packed:
+        product = PackedProduct(model.embedding.weight)
+    else:
+        product = partial(F.linear, weight=model.embedding.weight)
+    return lambda hidden: product(hidden).float()
 
 
 def room_for(model: Decoder, prompt: Sequence[int], settings: GenerationSettings) -> int:
@@ -55,7 +74,7 @@ def room_for(model: Decoder, prompt: Sequence[int], settings: GenerationSettings
 
 
 def read_prompts(model: Decoder, prompts: Sequence[Sequence[int]], capacity: int) -> tuple[Tensor, KeyValueCache]:
-    """Return what follows each of P prompts, logits (P, V) in fp32, and a cache that holds them.
+    """Return the last hidden state of each of P prompts, (P, D), and a cache that holds them.
 
     Shorter prompts are padded at the right, where causal attention keeps the padding out of sight.
     """
@@ -65,8 +84,7 @@ def read_prompts(model: Decoder, prompts: Sequence[Sequence[int]], capacity: int
     ids_PT = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=device)
     cache = model.new_cache(batch_size=len(prompts), capacity=capacity)
     if min(lengths) == longest:
-        return model(ids_PT, cache).last_logits.float(), cache
+        return model(ids_PT, cache).hidden[:, -1], cache
     counts_P = torch.tensor(lengths, device=device)
-    output = model(ids_PT, cache, counts_B=counts_P)
-    last_PD = output.hidden[torch.arange(len(prompts), device=device), counts_P - 1]
-    return F.linear(last_PD, output.head).float(), cache
+    hidden_PTD = model(ids_PT, cache, counts_B=counts_P).hidden
+    return hidden_PTD[torch.arange(len(prompts), device=device), counts_P - 1], cache

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ava_exp.config.generation import GenerationSettings
-from ava_exp.generation.batch import check_prompts, check_settings, evaluating, read_prompts, room_for
+from ava_exp.generation.batch import check_prompts, check_settings, prepared, read_prompts, room_for
 from ava_exp.generation.history import History
 from ava_exp.models.decoder import Decoder
 
@@ -59,15 +59,15 @@ def beam_search(
     check_settings(settings)
     check_prompts(model, prompts)
     device, num_beams = model.embedding.weight.device, settings.num_beams
-    with evaluating(model):
+    with prepared(model, settings.max_new_tokens) as head:
         searches = [
             _Search(index, room_for(model, prompt, settings), [[] for _ in range(num_beams)])
             for index, prompt in enumerate(prompts)
         ]
         found = list(searches)
-        logits_PV, cache = read_prompts(
-            model, prompts, max(len(p) + s.room for p, s in zip(prompts, searches, strict=True))
-        )
+        capacity = max(len(prompt) + search.room for prompt, search in zip(prompts, searches, strict=True))
+        last_PD, cache = read_prompts(model, prompts, capacity)
+        logits_PV = head(last_PD)
         history = History(prompts, logits_PV.shape[1], settings, device)
         every = torch.arange(len(prompts), device=device).repeat_interleave(num_beams)
         logits_RV = logits_PV[every]
@@ -94,7 +94,7 @@ def beam_search(
             cache.select(rows_R)
             history.select(rows_R)
             history.append(tokens_R)
-            logits_RV = model(tokens_R[:, None], cache).last_logits.float()
+            logits_RV = head(model(tokens_R[:, None], cache).hidden[:, -1])
 
 
 def _advance(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ava_exp.config.generation import GenerationSettings
-from ava_exp.generation.batch import check_prompts, check_settings, evaluating, read_prompts, room_for
+from ava_exp.generation.batch import check_prompts, check_settings, prepared, read_prompts, room_for
 from ava_exp.generation.history import History
 from ava_exp.models.decoder import Decoder
 
@@ -59,10 +59,11 @@ def decode(
     check_settings(settings)
     check_prompts(model, prompts)
     device, num_samples = model.embedding.weight.device, settings.num_samples
-    with evaluating(model):
+    with prepared(model, settings.max_new_tokens) as head:
         rooms = [room_for(model, prompt, settings) for prompt in prompts for _ in range(num_samples)]
         capacity = max(len(prompt) + room_for(model, prompt, settings) for prompt in prompts)
-        logits_RV, cache = read_prompts(model, prompts, capacity)
+        last_RD, cache = read_prompts(model, prompts, capacity)
+        logits_RV = head(last_RD)
         history = History(prompts, logits_RV.shape[1], settings, device)
         sequences = list(range(len(rooms)))
         if num_samples > 1:
@@ -85,7 +86,7 @@ def decode(
                 sequences, tokens_R = [sequences[row] for row in going], tokens_R[rows]
                 cache.select(rows)
                 history.select(rows)
-            logits_RV = model(tokens_R[:, None], cache).last_logits.float()
+            logits_RV = head(model(tokens_R[:, None], cache).hidden[:, -1])
 
 
 def sample_tokens(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -12,13 +13,14 @@ from ava_exp.config.model import Activation, DispatchBackend, SharedProjection
 from ava_exp.errors import ConfigError
 from ava_exp.nn.ffn import activate, num_up_rows
 from ava_exp.nn.moe.dispatch import combine, gather, sort_assignments
+from ava_exp.nn.packed import Packable, PackedProduct
 
 NORM_EPSILON = 1e-5
 
 logger = logging.getLogger(__name__)
 
 
-class Experts(nn.Module):
+class Experts(Packable):
     """E feed-forward networks with stacked weights: `up` (E, F or 2F, D) and `down` (E, D, F), rows as in `nn.Linear`.
 
     With `share=up` all have one `up` (F or 2F, D), computed once per token; with `share=down` one `down` (D, F),
@@ -50,6 +52,7 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.empty(down if share is SharedProjection.down else (num_experts, *down)))
         self.norm = nn.Parameter(torch.empty(num_experts, intermediate_size)) if norm else None
         self._told = False
+        self._packed: tuple[list[PackedProduct], list[PackedProduct]] | None = None
 
     def forward(self, x_ND: Tensor, expert_ids_Nk: Tensor, weights_Nk: Tensor, ragged: bool = False) -> Tensor:
         """Return y_n = Σ_k weight_nk · expert_nk(x_n), (N, D) in the format of `x_ND`.
@@ -58,6 +61,8 @@ class Experts(nn.Module):
         nothing, and whose weight gets a gradient of zero whatever its value. On a GPU, `ragged` waits for the device.
         Raises `ConfigError` when the grouped back end is asked for and cannot compute this format or these widths.
         """
+        if self._packed is not None and not torch.is_grad_enabled():
+            return self._with_packed(x_ND, expert_ids_Nk, weights_Nk)
         assert ragged or x_ND.device.type != "cpu" or bool((expert_ids_Nk >= 0).all()), "-1 only if ragged"
         if not self._use_grouped(x_ND):
             return self._one_by_one(x_ND, expert_ids_Nk, weights_Nk)
@@ -120,6 +125,36 @@ class Experts(nn.Module):
         h_NEF = h_NEF * weights_NE[:, :, None].to(h_NEF.dtype)
         return F.linear(h_NEF.flatten(1), down.transpose(0, 1).flatten(1))
 
+    def pack(self) -> None:
+        """Pack every expert's weights, for inference on a CPU."""
+        up, down, _ = self._stacks()
+        ups, downs = ([weight] if weight.ndim == 2 else weight.unbind() for weight in (up, down))
+        self._packed = [PackedProduct(w) for w in ups], [PackedProduct(w) for w in downs]
+
+    def unpack(self) -> None:
+        """Forget the packed weights."""
+        self._packed = None
+
+    def _with_packed(self, x_ND: Tensor, expert_ids_Nk: Tensor, weights_Nk: Tensor) -> Tensor:
+        """Compute the experts that have tokens, one after the other: the fastest way on a CPU, without gradients."""
+        assert self._packed is not None
+        ups, downs = self._packed
+        share_up, share_down = self.share is SharedProjection.up, self.share is SharedProjection.down
+        hidden_NF = activate(ups[0](x_ND), self.activation) if share_up else x_ND
+        width = self.down.shape[-1] if share_down else x_ND.shape[1]
+        y = x_ND.new_zeros(x_ND.shape[0], width, dtype=torch.promote_types(x_ND.dtype, weights_Nk.dtype))
+        for expert, token, weights in _visits(expert_ids_Nk, weights_Nk, self.num_experts):
+            h = hidden_NF if token is None else hidden_NF[token]
+            if not share_up:
+                h = activate(ups[expert](h), self.activation)
+            if self.norm is not None:
+                h = F.rms_norm(h, h.shape[1:], self.norm[expert], NORM_EPSILON)
+            if not share_down:
+                h = downs[expert](h)
+            y = y.add_(h * weights) if token is None else y.index_add_(0, token, (h * weights).to(y.dtype))
+        y = y.to(x_ND.dtype)
+        return downs[0](y) if share_down else y
+
     def _stacks(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return `up`, `down` and `norm` of the experts that tokens can be sent to."""
         if not self.num_closed:
@@ -154,3 +189,20 @@ class Experts(nn.Module):
         if any(size % 16 for size in row_bytes):
             return f"grouped products need rows that are multiples of 16 bytes, but they have {row_bytes} bytes"
         return None
+
+
+def _visits(expert_ids_Nk: Tensor, weights_Nk: Tensor, num_experts: int) -> Iterator[tuple[int, Tensor | None, Tensor]]:
+    """Yield the visited experts, each with its tokens (R,) and their weights (R, 1); for one token None and its weight."""
+    if expert_ids_Nk.shape[0] == 1:
+        for choice, expert in enumerate(expert_ids_Nk[0].tolist()):
+            if expert >= 0:
+                yield expert, None, weights_Nk[:, choice : choice + 1]
+        return
+    experts, order = expert_ids_Nk.flatten().sort(stable=True)
+    token, weights = order // expert_ids_Nk.shape[1], weights_Nk.flatten()[order, None]
+    counts = torch.bincount(experts + 1, minlength=num_experts + 1).tolist()
+    start = counts[0]  # those of no expert
+    for expert, count in enumerate(counts[1:]):
+        if count:
+            yield expert, token[start : start + count], weights[start : start + count]
+        start += count
