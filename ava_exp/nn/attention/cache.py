@@ -79,7 +79,7 @@ class LayerCache:
         self, k_RKTC: Tensor, v_RKTC: Tensor, rows: Tensor | None, counts: Tensor | None, positions: Tensor | None
     ) -> Held:
         device, length = self.keys.device, k_RKTC.shape[2]
-        lengths = self.ragged_lengths()
+        lengths, everyone = self.ragged_lengths(), rows is None
         rows = torch.arange(len(lengths), device=device) if rows is None else rows
         starts = lengths[rows]
         stops = starts + (length if counts is None else counts)
@@ -90,6 +90,8 @@ class LayerCache:
         self._keep_positions(rows[:, None], entries_RT, positions)
         self.lengths = lengths.index_copy(0, rows, stops)
         longest = int(stops.max()) if len(rows) else 0
+        if everyone:  # views, where picking rows copies
+            return Held(self.keys[:, :, :longest], self.values[:, :, :longest], starts)
         return Held(self.keys[rows, :, :longest], self.values[rows, :, :longest], starts)
 
     def ragged_lengths(self) -> Tensor:

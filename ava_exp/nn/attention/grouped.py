@@ -45,12 +45,21 @@ class GroupedAttention(nn.Module):
         """Mix positions causally; (B, T, D) to (B, T, D). With a cache, T new positions see all that it holds."""
         batch, length, _ = x_BTD.shape
         heads = self.query_key_value(x_BTD).view(batch, length, -1, self.head_dim).transpose(1, 2)
-        q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
-        q = apply_rope(self.query_norm(q), context.cos, context.sin)
-        k = apply_rope(self.key_norm(k), context.cos, context.sin)
+        q, k, v = self._rotated(heads, context)
         held = Held(k, v, 0) if context.cache is None else context.extend_cache(self.layer, k, v)
         y = self._attend(q, held, context.documents)
         return self.output(y.transpose(1, 2).reshape(batch, length, -1))  # type: ignore[no-any-return]
+
+    def _rotated(self, heads_BHTC: Tensor, context: AttentionContext) -> tuple[Tensor, ...]:
+        """Return queries, keys and values, the first two at their positions."""
+        num_q, num_kv = self.num_heads, self.num_kv_heads
+        if heads_BHTC.shape[2] == 1 and isinstance(self.query_norm, nn.Identity) and not torch.is_grad_enabled():
+            # One new token: the number of operations is what counts, so both are turned at once.
+            rotated, v = heads_BHTC.split((num_q + num_kv, num_kv), dim=1)
+            return *apply_rope(rotated, context.cos, context.sin).split((num_q, num_kv), dim=1), v
+        q, k, v = heads_BHTC.split((num_q, num_kv, num_kv), dim=1)
+        q = apply_rope(self.query_norm(q), context.cos, context.sin)
+        return q, apply_rope(self.key_norm(k), context.cos, context.sin), v
 
     def new_cache(self, batch_size: int, capacity: int, dtype: torch.dtype, device: torch.device) -> LayerCache:
         """Return an empty cache for at most `capacity` positions of `batch_size` sequences."""
@@ -65,8 +74,12 @@ class GroupedAttention(nn.Module):
             assert whole and mask is not None, "documents are told apart while training only"
             mask = mask & (documents_BT[:, None, :, None] == documents_BT[:, None, None, :])
         if self.backend is AttentionBackend.plain or (
-            self.backend is AttentionBackend.auto and q_BHTC.device.type == "cpu" and num_keys <= PLAIN_LENGTH
+            self.backend is AttentionBackend.auto
+            and q_BHTC.device.type == "cpu"
+            and (num_keys <= PLAIN_LENGTH or length == 1)
         ):
+            if length == 1 and dropout == 0:
+                return single_query_attention(q_BHTC, held.keys, held.values, mask)
             if mask is None and length > 1:
                 mask = visible(held, length)
             return plain_attention(q_BHTC, held.keys, held.values, mask, dropout)
@@ -98,3 +111,16 @@ def plain_attention(
         scores = scores + bias.masked_fill_(~mask, float("-inf"))
     weights = F.dropout(scores.softmax(dim=-1), dropout)
     return (weights.view(batch, num_kv_heads, -1, num_keys) @ v_BKSC).view(batch, num_heads, length, head_dim)
+
+
+def single_query_attention(q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, mask: Tensor | None) -> Tensor:
+    """`plain_attention` of T = 1 query. Keys times queries, not queries times keys: keys need no transposed copy then,
+    which a CPU makes in bf16, at the cost of all the rest.
+    """
+    batch, num_heads, _, head_dim = q_BHTC.shape
+    keys, values = k_BKSC.flatten(0, 1), v_BKSC.flatten(0, 1)
+    q = (q_BHTC / math.sqrt(head_dim)).reshape(keys.shape[0], -1, head_dim)
+    scores = torch.bmm(keys, q.transpose(1, 2)).transpose(1, 2)
+    if mask is not None:
+        scores = scores.reshape(batch, num_heads, 1, -1).masked_fill(~mask, float("-inf")).view_as(scores)
+    return torch.bmm(scores.softmax(dim=-1), values).view(batch, num_heads, 1, head_dim)

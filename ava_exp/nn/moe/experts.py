@@ -192,7 +192,7 @@ class Experts(Packable):
 
 
 def _visits(expert_ids_Nk: Tensor, weights_Nk: Tensor, num_experts: int) -> Iterator[tuple[int, Tensor | None, Tensor]]:
-    """Yield the visited experts, each with its tokens (R,) and their weights (R, 1); for one token None and its weight."""
+    """Yield the visited experts with their tokens (R,) and weights (R, 1); a single token is None."""
     if expert_ids_Nk.shape[0] == 1:
         for choice, expert in enumerate(expert_ids_Nk[0].tolist()):
             if expert >= 0:
