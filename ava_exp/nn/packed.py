@@ -56,7 +56,7 @@ def can_be_packed(model: nn.Module) -> bool:
     num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
     return (
         num_bytes <= LARGEST_BYTES
-        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
         and all(p.device.type == "cpu" and p.dtype in (torch.float32, torch.bfloat16) for p in parameters)
         and not any(module._compiled_call_impl is not None for module in model.modules())
@@ -74,7 +74,7 @@ def packed(model: nn.Module, *, wanted: bool = True) -> Iterator[bool]:
     try:
         for module in modules:
             if isinstance(module, nn.Linear):
-                module.forward = PackedProduct(module.weight, module.bias)  # type: ignore[method-assign]
+                module.forward = PackedProduct(module.weight, module.bias)  # type: ignore[method-assign, assignment]
             elif isinstance(module, Packable):
                 module.pack()
         yield is_packed

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -138,22 +137,40 @@ class Experts(Packable):
     def _with_packed(self, x_ND: Tensor, expert_ids_Nk: Tensor, weights_Nk: Tensor) -> Tensor:
         """Compute the experts that have tokens, one after the other: the fastest way on a CPU, without gradients."""
         assert self._packed is not None
-        ups, downs = self._packed
         share_up, share_down = self.share is SharedProjection.up, self.share is SharedProjection.down
-        hidden_NF = activate(ups[0](x_ND), self.activation) if share_up else x_ND
+        shared_up, shared_down = self._packed[0][0], self._packed[1][0]
+        hidden_NF = activate(shared_up(x_ND), self.activation) if share_up else x_ND
         width = self.down.shape[-1] if share_down else x_ND.shape[1]
-        y = x_ND.new_zeros(x_ND.shape[0], width, dtype=torch.promote_types(x_ND.dtype, weights_Nk.dtype))
-        for expert, token, weights in _visits(expert_ids_Nk, weights_Nk, self.num_experts):
-            h = hidden_NF if token is None else hidden_NF[token]
-            if not share_up:
-                h = activate(ups[expert](h), self.activation)
-            if self.norm is not None:
-                h = F.rms_norm(h, h.shape[1:], self.norm[expert], NORM_EPSILON)
-            if not share_down:
-                h = downs[expert](h)
-            y = y.add_(h * weights) if token is None else y.index_add_(0, token, (h * weights).to(y.dtype))
+        wide = torch.promote_types(x_ND.dtype, weights_Nk.dtype)
+        if x_ND.shape[0] == 1:  # nothing to sort
+            experts = expert_ids_Nk[0].tolist()
+            outputs = [self._one_packed(expert, hidden_NF) for expert in experts if expert >= 0]
+            weights_k1 = weights_Nk[0, :, None]
+            if len(outputs) < len(experts):
+                weights_k1 = weights_k1[expert_ids_Nk[0] >= 0]
+            y = (torch.cat(outputs) * weights_k1).sum(dim=0, keepdim=True) if outputs else x_ND.new_zeros(1, width)
+        else:
+            experts_A, order_A = expert_ids_Nk.flatten().sort(stable=True)
+            numbers = torch.bincount(experts_A + 1, minlength=self.num_experts + 1).tolist()
+            order_A = order_A[numbers[0] :]  # without the visits of no expert, -1
+            token_A = order_A // expert_ids_Nk.shape[1]
+            groups = enumerate(torch.split(hidden_NF[token_A], numbers[1:]))
+            outputs = [self._one_packed(expert, rows) for expert, rows in groups if rows.shape[0]]
+            y = x_ND.new_zeros(x_ND.shape[0], width, dtype=wide)
+            if outputs:
+                y.index_add_(0, token_A, (torch.cat(outputs) * weights_Nk.flatten()[order_A, None]).to(wide))
         y = y.to(x_ND.dtype)
-        return downs[0](y) if share_down else y
+        return shared_down(y) if share_down else y
+
+    def _one_packed(self, expert: int, h_RF: Tensor) -> Tensor:
+        """Return what an expert makes of rows, apart from projections that all experts share."""
+        assert self._packed is not None
+        ups, downs = self._packed
+        if self.share is not SharedProjection.up:
+            h_RF = activate(ups[expert](h_RF), self.activation)
+        if self.norm is not None:
+            h_RF = F.rms_norm(h_RF, h_RF.shape[1:], self.norm[expert], NORM_EPSILON)
+        return h_RF if self.share is SharedProjection.down else downs[expert](h_RF)
 
     def _stacks(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return `up`, `down` and `norm` of the experts that tokens can be sent to."""
@@ -189,20 +206,3 @@ class Experts(Packable):
         if any(size % 16 for size in row_bytes):
             return f"grouped products need rows that are multiples of 16 bytes, but they have {row_bytes} bytes"
         return None
-
-
-def _visits(expert_ids_Nk: Tensor, weights_Nk: Tensor, num_experts: int) -> Iterator[tuple[int, Tensor | None, Tensor]]:
-    """Yield the visited experts with their tokens (R,) and weights (R, 1); a single token is None."""
-    if expert_ids_Nk.shape[0] == 1:
-        for choice, expert in enumerate(expert_ids_Nk[0].tolist()):
-            if expert >= 0:
-                yield expert, None, weights_Nk[:, choice : choice + 1]
-        return
-    experts, order = expert_ids_Nk.flatten().sort(stable=True)
-    token, weights = order // expert_ids_Nk.shape[1], weights_Nk.flatten()[order, None]
-    counts = torch.bincount(experts + 1, minlength=num_experts + 1).tolist()
-    start = counts[0]  # those of no expert
-    for expert, count in enumerate(counts[1:]):
-        if count:
-            yield expert, token[start : start + count], weights[start : start + count]
-        start += count
