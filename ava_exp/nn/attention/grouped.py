@@ -55,9 +55,9 @@ class GroupedAttention(nn.Module):
         num_q, num_kv = self.num_heads, self.num_kv_heads
         if heads_BHTC.shape[2] == 1 and isinstance(self.query_norm, nn.Identity) and not torch.is_grad_enabled():
             # One new token: the number of operations is what counts, so both are turned at once.
-            rotated, v = torch.split(heads_BHTC, (num_q + num_kv, num_kv), dim=1)
-            return *torch.split(apply_rope(rotated, context.cos, context.sin), (num_q, num_kv), dim=1), v
-        q, k, v = torch.split(heads_BHTC, (num_q, num_kv, num_kv), dim=1)
+            rotated, v = torch.split(heads_BHTC, [num_q + num_kv, num_kv], dim=1)
+            return *torch.split(apply_rope(rotated, context.cos, context.sin), [num_q, num_kv], dim=1), v
+        q, k, v = torch.split(heads_BHTC, [num_q, num_kv, num_kv], dim=1)
         q = apply_rope(self.query_norm(q), context.cos, context.sin)
         return q, apply_rope(self.key_norm(k), context.cos, context.sin), v
 
