@@ -19,6 +19,7 @@ _MODULES = {
     "FilesConfig": "config.data",
     "StdlibConfig": "config.data",
     "LossConfig": "config.loss",
+    "GenerationSettings": "config.generation",
     "Activation": "config.model",
     "DenseConfig": "config.model",
     "GroupedAttentionConfig": "config.attention",
@@ -54,7 +55,9 @@ _MODULES = {
     "UserError": "errors",
     "evaluate_language": "evaluation.language",
     "evaluate_by_position": "evaluation.positions",
+    "generate": "generation.generate",
     "sample_tokens": "generation.sampling",
+    "stream": "generation.sampling",
     "LossTerm": "losses.terms",
     "StepContext": "losses.terms",
     "build_losses": "losses.terms",
@@ -78,6 +81,7 @@ if TYPE_CHECKING:
     from ava_exp.config.data import FilesConfig as FilesConfig
     from ava_exp.config.data import FileTokenizerConfig as FileTokenizerConfig
     from ava_exp.config.data import StdlibConfig as StdlibConfig
+    from ava_exp.config.generation import GenerationSettings as GenerationSettings
     from ava_exp.config.loss import LossConfig as LossConfig
     from ava_exp.config.model import Activation as Activation
     from ava_exp.config.model import DenseConfig as DenseConfig
@@ -111,7 +115,9 @@ if TYPE_CHECKING:
     from ava_exp.errors import UserError as UserError
     from ava_exp.evaluation.language import evaluate_language as evaluate_language
     from ava_exp.evaluation.positions import evaluate_by_position as evaluate_by_position
+    from ava_exp.generation.generate import generate as generate
     from ava_exp.generation.sampling import sample_tokens as sample_tokens
+    from ava_exp.generation.sampling import stream as stream
     from ava_exp.losses.terms import LossTerm as LossTerm
     from ava_exp.losses.terms import StepContext as StepContext
     from ava_exp.losses.terms import build_losses as build_losses

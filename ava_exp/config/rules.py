@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from ava_exp.config import generation
 from ava_exp.config.attention import AttentionBackend, MixtureOfHeadsConfig, MultiLevelAttentionConfig
 from ava_exp.config.data import BPEConfig
 from ava_exp.config.faults import Fault, Rule, Severity, error
@@ -23,7 +24,7 @@ from ava_exp.config.router import (
     balanced_divisor,
 )
 from ava_exp.config.run import RunConfig
-from ava_exp.config.stage import SurgeryConfig
+from ava_exp.config.stage import GenerateConfig, SurgeryConfig
 from ava_exp.config.surgery import faults_of
 from ava_exp.config.training import AdamWConfig, Recompute, WSDConfig
 
@@ -98,6 +99,8 @@ BOUNDS = (
             "evaluation.max_tokens",
             "checkpoint.save_every_n_batches",
             "stage.max_new_tokens",
+            "stage.num_beams",
+            "stage.num_samples",
             "stage.max_tokens",
             "stage.sequence_length",
         ),
@@ -136,6 +139,7 @@ BOUNDS = (
             "budget.default_seconds",
             "budget.chinchilla_multiplier",
             "training.gradient_clip_val",
+            "stage.repetition_penalty",
         ),
     ),
     Bound(
@@ -168,6 +172,8 @@ BOUNDS = (
             "checkpoint.save_total_limit",
             "stage.temperature",
             "stage.top_k",
+            "stage.no_repeat_ngram_size",
+            "stage.length_penalty",
             "stage.layer",
             "stage.expert",
             "stage.other",
@@ -419,6 +425,12 @@ def _surgery_is_whole(config: RunConfig) -> Iterator[Fault]:
             yield error(f"stage.{name}", expected, value)
 
 
+def _generation_is_whole(config: RunConfig) -> Iterator[Fault]:
+    if isinstance(config.stage, GenerateConfig):
+        for name, expected, value in generation.faults_of(config.stage):
+            yield error(f"stage.{name}", expected, value)
+
+
 def _schedule_fits(config: RunConfig) -> Iterator[Fault]:
     schedule, steps = config.schedule, config.budget.steps
     if schedule.warmup_steps is not None and schedule.warmup_tokens is not None:
@@ -471,6 +483,7 @@ RULES: tuple[Rule, ...] = (
     _vocabulary_holds_the_tokens,
     _betas_are_two_ratios,
     _surgery_is_whole,
+    _generation_is_whole,
     _schedule_fits,
     _budget_is_usual,
     _only_bf16_rounds_stochastically,

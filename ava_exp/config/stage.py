@@ -7,6 +7,7 @@ from enum import Enum
 from typing import ClassVar
 
 from ava_exp.config.base import ComponentConfig
+from ava_exp.config.generation import GenerationSettings
 from ava_exp.config.model import RopeScaling
 from ava_exp.config.surgery import SurgeryOperation
 
@@ -100,20 +101,16 @@ class ExtendContextConfig(StageConfig):
 
 
 @dataclass(kw_only=True, slots=True)
-class GenerateConfig(StageConfig):
-    """Continue `prompt` with a trained run. `run` null is the run that this command line trains."""
+class GenerateConfig(GenerationSettings, StageConfig):
+    """Continue `prompt`, or each line of `prompt_file`, with a trained run. `run` null is the run that this command
+    line trains."""
 
     builds: ClassVar[str] = "ava_exp.stages.generate:run"
     name: ClassVar[str] = "generate"
 
     run: str | None = None
     prompt: str = "def __init__(self"
-    max_new_tokens: int = 200
-    temperature: float = 0.8
-    top_k: int = 0
-    """0 keeps the whole vocabulary."""
-    top_p: float = 0.9
-    generation_seed: int = 0
+    prompt_file: str | None = None
 
 
 @dataclass(kw_only=True, slots=True)

@@ -197,6 +197,8 @@ class Decoder(nn.Module):
         if stop > limit:
             raise ConfigError(f"a sequence must have at most {limit} tokens, but has {stop} instead.")
         cos, sin = self._tables(starts, ids_BT.shape[1])
+        if cache is not None:  # once, not in every layer
+            cos, sin = cos.to(self.embedding.weight.dtype), sin.to(self.embedding.weight.dtype)
         return AttentionContext(cos=cos, sin=sin, cache=cache, counts=counts_B, documents=documents_BT)
 
     def _tables(self, starts: int | Tensor, length: int) -> tuple[Tensor, Tensor]:

@@ -37,6 +37,9 @@ def activate(h: Tensor, activation: Activation) -> Tensor:
     """Apply GELU [hendrycks2016gelu] §2, or SwiGLU [shazeer2020glu] eq. 5 to gate and value: (…, 2F) → (…, F)."""
     if activation is Activation.gelu:
         return F.gelu(h)
+    if not torch.is_grad_enabled() and h.numel() <= BLOCK_ROWS * h.shape[-1]:
+        gate, value = h.chunk(2, dim=-1)
+        return F.silu(gate).mul_(value)
     y: Tensor = _SwiGLU.apply(h)  # type: ignore[no-untyped-call]
     return y
 

@@ -88,6 +88,8 @@ def apply_rope(x_BHTC: Tensor, cos_Tc: Tensor, sin_Tc: Tensor) -> Tensor:
 
     The paper pairs neighbouring channels: the same up to an order of the channels, which the projections before learn.
     """
+    if not torch.is_grad_enabled():
+        return _rotate(x_BHTC, cos_Tc.to(x_BHTC.dtype), sin_Tc.to(x_BHTC.dtype))
     y: Tensor = _Rotate.apply(x_BHTC, cos_Tc.to(x_BHTC.dtype), sin_Tc.to(x_BHTC.dtype))  # type: ignore[no-untyped-call]
     return y
 
