@@ -66,10 +66,10 @@ class Experts(Packable):
         nothing, and whose weight gets a gradient of zero whatever its value. On a GPU, `ragged` waits for the device.
         Raises `ConfigError` when the grouped back end is asked for and cannot compute this format or these widths.
         """
+        activate = draw_activation(self.activation, self.mixture)
         if self._packed is not None and not torch.is_grad_enabled():
             return self._with_packed(x_ND, expert_ids_Nk, weights_Nk, activate)
         assert ragged or x_ND.device.type != "cpu" or bool((expert_ids_Nk >= 0).all()), "-1 only if ragged"
-        activate = draw_activation(self.activation, self.mixture)
         if not self._use_grouped(x_ND):
             return self._one_by_one(x_ND, expert_ids_Nk, weights_Nk, activate)
         if expert_ids_Nk.shape[1] == self.num_experts and not ragged:

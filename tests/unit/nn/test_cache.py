@@ -14,7 +14,7 @@ from ava_exp.config.model import DenseConfig, ModelConfig, MoEConfig, SparsityCo
 from ava_exp.config.router import TopKRouterConfig
 from ava_exp.models.decoder import Decoder, build_model
 from ava_exp.nn.attention.cache import SMALLEST_CAPACITY, AttentionContext, Held, KeyValueCache, LayerCache, visible
-from ava_exp.nn.attention.grouped import plain_attention, single_query_attention
+from ava_exp.nn.attention.softmax import plain_attention, single_query_attention
 
 LENGTHS = [5, 1, 9, 3]
 CPU = torch.device("cpu")

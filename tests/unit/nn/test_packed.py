@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ava_exp.config.model import Activation, DispatchBackend, SharedProjection
+from ava_exp.nn.activation import draw_activation
+from ava_exp.nn.moe.experts import Experts
 from ava_exp.nn.packed import PackedProduct, can_be_packed, packed
 from tests.unit.nn.test_experts import DIM, NUM_EXPERTS, ROUTINGS, VARIANTS, build, route, some
 
@@ -76,9 +78,9 @@ def test_what_cannot_be_packed_computes_as_ever() -> None:
         assert not is_packed
 
 
-def reference(experts: nn.Module, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+def reference(experts: Experts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     with torch.no_grad():
-        return experts._one_by_one(x, ids, weights)  # type: ignore[no-any-return, operator]
+        return experts._one_by_one(x, ids, weights, draw_activation(experts.activation, experts.mixture))
 
 
 @pytest.mark.parametrize(("activation", "share", "norm"), VARIANTS)
