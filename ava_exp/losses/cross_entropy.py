@@ -20,7 +20,12 @@ CACHED_VALUES = 2**19
 
 
 def linear_cross_entropy(
-    hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, divisor: float = 1.0, expected_scale: float = 1.0
+    hidden_ND: Tensor,
+    head_VD: Tensor,
+    labels_N: Tensor,
+    divisor: float = 1.0,
+    expected_scale: float = 1.0,
+    nats_N: Tensor | None = None,
 ) -> Tensor:
     """Return Σ -log p(label) / divisor in nats over the labels that are not `IGNORED`, an fp32 scalar (fp64 for fp64).
 
@@ -28,18 +33,31 @@ def linear_cross_entropy(
     or wider. The gradients of both are computed with it, where they are needed. The head's adds up over slices in its
     own format: in bf16 that costs less than the rounding of its result, up to about ten slices. `expected_scale` is
     what the backward pass will begin with, the loss scale: gradients are computed at it, and so do not vanish in fp16.
+    `nats_N`, where it is given, is filled with each row's own -log p(label), which carries no gradient; it means
+    nothing where the label is `IGNORED`.
     """
     if not (torch.is_grad_enabled() and (hidden_ND.requires_grad or head_VD.requires_grad)):
-        return score_labels(hidden_ND, head_VD, labels_N)[0] / divisor
+        return score_labels(hidden_ND, head_VD, labels_N, nats_N=nats_N)[0] / divisor
     total: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden_ND, head_VD, labels_N, divisor, expected_scale
+        hidden_ND, head_VD, labels_N, divisor, expected_scale, nats_N
     )
     return total
 
 
 @torch.no_grad()
-def score_labels(hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Return Σ -log p(label), and how many labels have the largest logit, over those that are not `IGNORED`."""
+def score_labels(
+    hidden_ND: Tensor,
+    head_VD: Tensor,
+    labels_N: Tensor,
+    *,
+    nats_N: Tensor | None = None,
+    hits_N: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return Σ -log p(label), and how many labels have the largest logit, over those that are not `IGNORED`.
+
+    `nats_N` and `hits_N`, where they are given, are filled with the same of every row: -log p(label), which means
+    nothing where the label is `IGNORED`, and, as booleans, whether it has one and that has the largest logit.
+    """
     valid_N, labels_N1 = valid_labels(labels_N)
     nats = torch.zeros((), dtype=wide_dtype(hidden_ND), device=hidden_ND.device)
     correct = torch.zeros((), dtype=torch.int64, device=hidden_ND.device)
@@ -47,8 +65,13 @@ def score_labels(hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor) -> tuple[
         logits_SV, valid_S, labels_S1 = hidden_ND[rows] @ head_VD.t(), valid_N[rows], labels_N1[rows]
         for part in cached_parts(logits_SV):
             logits = logits_SV[part].to(nats.dtype)
-            nats += _nats(logits, logits.softmax(dim=1), labels_S1[part]).masked_fill(~valid_S[part], 0).sum()
-            correct += ((logits.argmax(dim=1) == labels_S1[part, 0]) & valid_S[part]).sum()
+            nats_P = _nats(logits, logits.softmax(dim=1), labels_S1[part])
+            hits_P = (logits.argmax(dim=1) == labels_S1[part, 0]) & valid_S[part]
+            nats += nats_P.masked_fill(~valid_S[part], 0).sum()
+            correct += hits_P.sum()
+            for kept, of_part in ((nats_N, nats_P), (hits_N, hits_P)):
+                if kept is not None:
+                    kept[rows][part] = of_part
     return nats, correct
 
 
@@ -68,7 +91,13 @@ def label_nats(hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor) -> Tensor:
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, divisor: float, expected_scale: float
+        ctx: Any,
+        hidden_ND: Tensor,
+        head_VD: Tensor,
+        labels_N: Tensor,
+        divisor: float,
+        expected_scale: float,
+        nats_N: Tensor | None,
     ) -> Tensor:
         valid_N, labels_N1 = valid_labels(labels_N)
         total = torch.zeros((), dtype=wide_dtype(hidden_ND), device=hidden_ND.device)
@@ -76,7 +105,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_head = torch.zeros_like(head_VD) if ctx.needs_input_grad[1] else None
         for rows in head_slices(hidden_ND, head_VD):
             logits_SV = hidden_ND[rows] @ head_VD.t()
-            total += _replace_by_gradient(logits_SV, labels_N1[rows], valid_N[rows], divisor / expected_scale)
+            nats_S = None if nats_N is None else nats_N[rows]
+            total += _replace_by_gradient(logits_SV, labels_N1[rows], valid_N[rows], divisor / expected_scale, nats_S)
             if grad_hidden is not None:
                 torch.mm(logits_SV, head_VD, out=grad_hidden[rows])
             if grad_head is not None:
@@ -92,11 +122,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # A factor of 1 is the rule, and multiplying the head's gradient by it costs a pass over memory.
         if factor.device.type != "cpu" or factor.item() != 1:
             gradients = [None if gradient is None else gradient * factor for gradient in gradients]
-        return *gradients, None, None, None
+        return *gradients, None, None, None, None
 
 
-def _replace_by_gradient(logits_SV: Tensor, labels_S1: Tensor, valid_S: Tensor, divisor: float) -> Tensor:
-    """Overwrite logits by the gradient of Σ -log p(label) / divisor; return the sum, undivided."""
+def _replace_by_gradient(
+    logits_SV: Tensor, labels_S1: Tensor, valid_S: Tensor, divisor: float, nats_S: Tensor | None
+) -> Tensor:
+    """Overwrite logits by the gradient of Σ -log p(label) / divisor; return the sum, undivided. Its summands fill
+    `nats_S`, where that is given."""
     total = torch.zeros((), dtype=wide_dtype(logits_SV), device=logits_SV.device)
     for part in cached_parts(logits_SV):
         valid, labels = valid_S[part, None], labels_S1[part]
@@ -104,6 +137,8 @@ def _replace_by_gradient(logits_SV: Tensor, labels_S1: Tensor, valid_S: Tensor, 
         softmax = logits.softmax(dim=1)
         nats = _nats(logits, softmax, labels)
         total += nats.masked_fill(~valid[:, 0], 0).sum()
+        if nats_S is not None:
+            nats_S[part] = nats
         softmax.scatter_add_(1, labels, torch.full_like(nats, -1.0)[:, None])
         torch.mul(softmax, valid / divisor, out=logits_SV[part])
     return total

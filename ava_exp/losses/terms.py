@@ -17,7 +17,7 @@ from ava_exp.config.router import BalanceScope
 from ava_exp.data.loader import IGNORED
 from ava_exp.errors import ConfigError
 from ava_exp.losses.balance import absolute_deviation_loss, load_balancing_loss
-from ava_exp.losses.cross_entropy import linear_cross_entropy
+from ava_exp.losses.cross_entropy import linear_cross_entropy, wide_dtype
 from ava_exp.losses.head import Measure, linear_measures
 from ava_exp.losses.repetition import TokenSets, last_tokens, repeating_tokens
 from ava_exp.nn.moe.routing import Routing
@@ -36,6 +36,9 @@ class StepContext:
     """By what the backward pass multiplies the objective."""
     chosen_counts: list[Tensor] = field(default_factory=list)
     """For every mixture-of-experts layer, the visits (E,) chosen in the step so far, this micro-batch included."""
+    label_nats: Tensor | None = None
+    """Shape (B, T), wide: -log p(label) of this micro-batch, without gradient; cross entropy, the first term, fills it
+    for the terms that follow."""
     input_ids: Tensor | None = None
     """What the model read, (B, T); the terms on repetition need it."""
     terms: Sequence[tuple[LossTerm, float]] = ()
@@ -72,7 +75,14 @@ class CrossEntropy:
         if any(isinstance(term, OutputLoss) for term, _ in context.terms):
             return _measured(self, output, labels_BT, context)[Measure.cross_entropy]
         hidden_ND, labels_N = output.hidden.flatten(0, 1), labels_BT.flatten()
-        return linear_cross_entropy(hidden_ND, output.head, labels_N, context.num_tokens, context.loss_scale)
+        context.label_nats = new_nats(labels_BT, output.hidden)
+        nats_N = context.label_nats.flatten()
+        return linear_cross_entropy(hidden_ND, output.head, labels_N, context.num_tokens, context.loss_scale, nats_N)
+
+
+def new_nats(labels: Tensor, hidden: Tensor) -> Tensor:
+    """Return room for -log p(label) of every label, in the format that losses of `hidden` are computed in."""
+    return hidden.new_empty(labels.shape, dtype=wide_dtype(hidden))
 
 
 @dataclass(slots=True)
@@ -102,7 +112,8 @@ def _measured(
         weighted = [(other, weight) for other, weight in context.terms if isinstance(other, CrossEntropy | OutputLoss)]
         if not any(other is term for other, _ in weighted):
             return _run_pass([(term, 1.0)], output, labels_BT, context)
-        context.shared = output, _run_pass(weighted, output, labels_BT, context)
+        context.label_nats = new_nats(labels_BT, output.hidden)
+        context.shared = output, _run_pass(weighted, output, labels_BT, context, context.label_nats.flatten())
     return context.shared[1]
 
 
@@ -111,6 +122,7 @@ def _run_pass(
     output: ModelOutput,
     labels_BT: Tensor,
     context: StepContext,
+    nats_N: Tensor | None = None,
 ) -> dict[Measure, Tensor]:
     unwanted = {}
     for term, _ in weighted:
@@ -125,6 +137,7 @@ def _run_pass(
         unwanted=unwanted,
         divisor=context.num_tokens,
         expected_scale=context.loss_scale,
+        nats_N=nats_N,
     )
 
 

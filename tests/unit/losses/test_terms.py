@@ -224,6 +224,19 @@ def test_a_loss_scale_leaves_values_and_gradients_alone() -> None:
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("config", [LossConfig(), ALL_TERMS])
+def test_cross_entropy_leaves_what_every_label_costs_to_later_terms(config: LossConfig) -> None:
+    step = Step()
+    logits = step.hidden @ step.head.t()
+    expected = F.cross_entropy(logits.flatten(0, 1), step.labels.flatten(), ignore_index=IGNORED, reduction="none")
+    weighted = [(term, term.weight_at(0.0)) for term in build_losses(DenseConfig(), config)]
+    context = StepContext(num_tokens=1, input_ids=step.inputs, terms=weighted)
+    weighted[0][0](ModelOutput(step.hidden, step.head), step.labels, context)
+    valid = step.labels != IGNORED
+    assert context.label_nats is not None
+    torch.testing.assert_close(context.label_nats[valid], expected.view_as(step.labels)[valid])
+
+
 def test_the_reported_loss_is_the_plain_cross_entropy() -> None:
     plain, _ = Step().take(build_losses(DenseConfig()))
     values, _ = Step().take(build_losses(DenseConfig(), ALL_TERMS))
