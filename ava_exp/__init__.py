@@ -30,6 +30,7 @@ _MODULES = {
     "ModelConfig": "config.model",
     "Norm": "config.model",
     "RopeScaling": "config.model",
+    "MultiTokenConfig": "config.prediction",
     "DeepSeekRouterConfig": "config.router",
     "DynamicRouterConfig": "config.router",
     "ExpertChoiceRouterConfig": "config.router",
@@ -58,6 +59,8 @@ _MODULES = {
     "generate": "generation.generate",
     "sample_tokens": "generation.sampling",
     "stream": "generation.sampling",
+    "SpeculationStatistics": "generation.speculative",
+    "speculate_tokens": "generation.speculative",
     "LossTerm": "losses.terms",
     "StepContext": "losses.terms",
     "build_losses": "losses.terms",
@@ -90,6 +93,7 @@ if TYPE_CHECKING:
     from ava_exp.config.model import MoEConfig as MoEConfig
     from ava_exp.config.model import Norm as Norm
     from ava_exp.config.model import RopeScaling as RopeScaling
+    from ava_exp.config.prediction import MultiTokenConfig as MultiTokenConfig
     from ava_exp.config.router import DeepSeekRouterConfig as DeepSeekRouterConfig
     from ava_exp.config.router import DynamicRouterConfig as DynamicRouterConfig
     from ava_exp.config.router import ExpertChoiceRouterConfig as ExpertChoiceRouterConfig
@@ -118,6 +122,8 @@ if TYPE_CHECKING:
     from ava_exp.generation.generate import generate as generate
     from ava_exp.generation.sampling import sample_tokens as sample_tokens
     from ava_exp.generation.sampling import stream as stream
+    from ava_exp.generation.speculative import SpeculationStatistics as SpeculationStatistics
+    from ava_exp.generation.speculative import speculate_tokens as speculate_tokens
     from ava_exp.losses.terms import LossTerm as LossTerm
     from ava_exp.losses.terms import StepContext as StepContext
     from ava_exp.losses.terms import build_losses as build_losses

@@ -15,6 +15,7 @@ from ava_exp.config.data import BPEConfig
 from ava_exp.config.faults import Fault, Rule, Severity, error
 from ava_exp.config.machine import Precision
 from ava_exp.config.model import MoEConfig, RopeScaling
+from ava_exp.config.prediction import MultiTokenConfig
 from ava_exp.config.router import (
     DeepSeekRouterConfig,
     ExpertChoiceRouterConfig,
@@ -73,6 +74,7 @@ BOUNDS = (
             "model.claimed_active_parameters",
             "sparsity.num_experts",
             "sparsity.intermediate_size",
+            "prediction.head_width",
             "sparsity.router.moe_top_k",
             "sparsity.router.num_iterations",
             "sparsity.router.num_groups",
@@ -165,6 +167,8 @@ BOUNDS = (
             "loss.entropy_regularization",
             "loss.output_diversity_weight",
             "optimizer.weight_decay",
+            "prediction.num_prediction_heads",
+            "prediction.mtp_weight",
             "schedule.warmup_steps",
             "schedule.warmup_tokens",
             "data.max_bad_rows",
@@ -194,7 +198,17 @@ BOUNDS = (
             "schedule.warmup_ratio",
         ),
     ),
-    Bound("between 0 and 1", lambda value: 0 <= value <= 1, ("schedule.min_lr_ratio", "schedule.decay_ratio")),
+    Bound(
+        "between 0 and 1",
+        lambda value: 0 <= value <= 1,
+        (
+            "schedule.min_lr_ratio",
+            "schedule.decay_ratio",
+            "prediction.confidence_threshold",
+            "prediction.confidence_threshold_train",
+            "stage.confidence_threshold",
+        ),
+    ),
     Bound("above 0 and below 1", lambda value: 0 < value < 1, ("data.validation_fraction",)),
     Bound(
         "above 0 and at most 1",
@@ -400,6 +414,13 @@ def _yarn_constants_have_a_meaning(config: RunConfig) -> Iterator[Fault]:
         yield error("model.rope_theta", "above 1 with `model.rope_scaling=yarn`", model.rope_theta)
 
 
+def _prediction_heads_see_their_labels(config: RunConfig) -> Iterator[Fault]:
+    prediction, length = config.prediction, config.data.sequence_length
+    if isinstance(prediction, MultiTokenConfig) and prediction.num_prediction_heads >= length:
+        expected = f"below `data.sequence_length` ({length}), so that every head has a token to predict"
+        yield error("prediction.num_prediction_heads", expected, prediction.num_prediction_heads)
+
+
 def _vocabulary_holds_the_tokens(config: RunConfig) -> Iterator[Fault]:
     if not isinstance(config.tokenizer, BPEConfig):
         return
@@ -429,6 +450,23 @@ def _generation_is_whole(config: RunConfig) -> Iterator[Fault]:
     if isinstance(config.stage, GenerateConfig):
         for name, expected, value in generation.faults_of(config.stage):
             yield error(f"stage.{name}", expected, value)
+
+
+PLAIN_GENERATION = {
+    "prompt_file": None,
+    "num_beams": 1,
+    "num_samples": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+}
+
+
+def _speculation_is_of_one_text(config: RunConfig) -> Iterator[Fault]:
+    if isinstance(config.stage, GenerateConfig) and config.stage.speculative:
+        for name, plain in PLAIN_GENERATION.items():
+            if (value := getattr(config.stage, name)) != plain:
+                expected = f"{'null' if plain is None else f'{plain:g}'} with `stage.speculative`"
+                yield error(f"stage.{name}", expected, value, "One text is written as the model has it.")
 
 
 def _schedule_fits(config: RunConfig) -> Iterator[Fault]:
@@ -480,10 +518,12 @@ RULES: tuple[Rule, ...] = (
     _sequence_fits_positions,
     _rope_scaling_is_whole,
     _yarn_constants_have_a_meaning,
+    _prediction_heads_see_their_labels,
     _vocabulary_holds_the_tokens,
     _betas_are_two_ratios,
     _surgery_is_whole,
     _generation_is_whole,
+    _speculation_is_of_one_text,
     _schedule_fits,
     _budget_is_usual,
     _only_bf16_rounds_stochastically,

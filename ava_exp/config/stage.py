@@ -111,6 +111,11 @@ class GenerateConfig(GenerationSettings, StageConfig):
     run: str | None = None
     prompt: str = "def __init__(self"
     prompt_file: str | None = None
+    """Prompts, one a line, in place of `prompt`."""
+    speculative: bool = False
+    """Let the run's prediction heads draft: the same text in greedy decoding, the same distribution in sampling."""
+    confidence_threshold: float | None = None
+    """Draft while a head is at least as sure; null takes the run's `prediction.confidence_threshold`."""
 
 
 @dataclass(kw_only=True, slots=True)

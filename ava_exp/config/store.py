@@ -26,6 +26,7 @@ SCHEMAS: dict[str, Any] = {
     "sparsity/moe": model.MoEConfig,
     "mod/none": mod.NoModConfig,
     "prediction/next_token": prediction.NextTokenConfig,
+    "prediction/multi_token": prediction.MultiTokenConfig,
     "loss": loss.LossConfig,
     "router/topk": router.TopKRouterConfig,
     "router/switch": router.SwitchRouterConfig,

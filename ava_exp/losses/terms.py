@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -13,6 +14,7 @@ from torch import Tensor
 from ava_exp.config.attention import AttentionConfig, MixtureOfHeadsConfig
 from ava_exp.config.loss import LossConfig
 from ava_exp.config.model import MoEConfig, SparsityConfig
+from ava_exp.config.prediction import MultiTokenConfig, PredictionConfig
 from ava_exp.config.router import BalanceScope
 from ava_exp.data.loader import IGNORED
 from ava_exp.errors import ConfigError
@@ -142,6 +144,43 @@ def _run_pass(
 
 
 @dataclass(slots=True)
+class MultiTokenLoss:
+    """Mean over the prediction heads of their cross entropy, [deepseek2024v3] eq. 25, in nats per token of the step.
+
+    Behind a confidence gate: at a position a head counts where the labels of the decoder and of all heads before it had
+    a probability of at least `threshold`. These are the positions at which generation consults it and may accept what
+    it says. The others cost no product with the vocabulary. A position without one of these labels counts nowhere.
+    """
+
+    weight: float
+    threshold: float
+    name: str = "mtp_loss"
+
+    def weight_at(self, progress: float) -> float:
+        return self.weight
+
+    def __call__(self, output: ModelOutput, labels_BT: Tensor, context: StepContext) -> Tensor:
+        assert context.label_nats is not None, "cross entropy comes first"
+        is_open_BT = (labels_BT != IGNORED) & self._confident(context.label_nats)
+        shares = []
+        for hidden_BTD in output.future:
+            labels_BT = labels_BT[:, 1:]
+            is_open_BT = is_open_BT[:, :-1] & (labels_BT != IGNORED)
+            rows = is_open_BT.flatten().nonzero()[:, 0]
+            hidden_ND, labels_N = hidden_BTD.flatten(0, 1)[rows], labels_BT.flatten()[rows]
+            nats_N = new_nats(labels_N, hidden_ND)
+            shares.append(
+                linear_cross_entropy(hidden_ND, output.head, labels_N, context.num_tokens, context.loss_scale, nats_N)
+            )
+            is_open_BT = is_open_BT.masked_scatter(is_open_BT, self._confident(nats_N))
+        return torch.stack(shares).mean()
+
+    def _confident(self, nats: Tensor) -> Tensor:
+        """Return where the probability of the label reaches the threshold."""
+        return nats <= (-math.log(self.threshold) if self.threshold > 0 else math.inf)
+
+
+@dataclass(slots=True)
 class RouterLoss:
     """A loss of routers, mean over the mixture-of-experts layers.
 
@@ -193,10 +232,16 @@ class HeadBalanceLoss:
 
 
 def build_losses(
-    sparsity: SparsityConfig, loss: LossConfig | None = None, *, attention: AttentionConfig | None = None
+    sparsity: SparsityConfig,
+    loss: LossConfig | None = None,
+    *,
+    attention: AttentionConfig | None = None,
+    prediction: PredictionConfig | None = None,
 ) -> list[LossTerm]:
     """Return the terms of the objective, cross entropy first; without a `loss` it has none on the output beside it."""
     terms: list[LossTerm] = [CrossEntropy(), *_output_losses(loss or LossConfig())]
+    if isinstance(prediction, MultiTokenConfig) and prediction.num_prediction_heads:
+        terms.append(MultiTokenLoss(prediction.mtp_weight, prediction.confidence_threshold_train))
     if isinstance(attention, MixtureOfHeadsConfig):
         terms.append(HeadBalanceLoss(attention.head_balance_weight))
     if isinstance(sparsity, MoEConfig):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from ava_exp.nn.moe.layer import CapacityLimit, MoELayer
 from ava_exp.nn.moe.routing import Routing
 from ava_exp.nn.norm import build_norm
 from ava_exp.nn.output import ModelOutput
+from ava_exp.nn.prediction import build_prediction_heads
 from ava_exp.nn.recompute import offload, run_recomputed
 from ava_exp.nn.rope import RotaryScaling, rope_tables
 
@@ -141,6 +143,7 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(architecture, layer) for layer in range(model.num_layers))
         self.final_norm = build_norm(model.norm, model.hidden_size, model.norm_epsilon)
         self.head = None if model.tie_embeddings else nn.Linear(model.hidden_size, model.vocab_size, bias=False)
+        self.prediction_heads = build_prediction_heads(model, architecture.prediction)
         self.refresh_rope()
 
     def refresh_rope(self) -> None:
@@ -169,14 +172,14 @@ class Decoder(nn.Module):
 
         With a cache the ids continue what it holds, and it is extended by T positions; or by the first `counts_B` of a
         sequence, where padding follows. `documents_BT` numbers the documents of a text without a cache: no token then
-        sees another document than its own.
+        sees another document than its own. Prediction heads, where there are any, run when the output's `future` is
+        read.
         Raises ConfigError when the positions exceed `max_position_embeddings`.
         """
         context = self._context(ids_BT, cache, counts_B, documents_BT)
-        x_BTD = self.embedding(ids_BT)
+        embedding_BTD = x_BTD = self.embedding(ids_BT)
         routings, head_routings = [], []
-        offloads = self.offload_activations and torch.is_grad_enabled()
-        with offload([*self.parameters(), self.cos, self.sin]) if offloads else nullcontext():
+        with self._offload():
             for block in self.blocks:
                 x_BTD, routing, heads = self._run(block, x_BTD, context)
                 if routing is not None:
@@ -186,7 +189,23 @@ class Decoder(nn.Module):
         if cache is not None:
             cache.advance(ids_BT.shape[1] if counts_B is None else counts_B)
         weight = self.embedding.weight if self.head is None else self.head.weight
-        return ModelOutput(self.final_norm(x_BTD), weight, routings, head_routings)
+        hidden_BTD = self.final_norm(x_BTD)
+        return ModelOutput(hidden_BTD, weight, routings, head_routings, partial(self._chain, hidden_BTD, embedding_BTD))
+
+    def _chain(self, hidden_BTD: Tensor, embedding_BTD: Tensor) -> list[Tensor]:
+        """Chain the prediction heads: head j reads the true token j positions on, so it ends j before the text does."""
+        states = []
+        with self._offload():
+            for distance, head in enumerate(self.prediction_heads, start=1):
+                hidden_BTD = self._run(head, hidden_BTD[:, :-1], embedding_BTD[:, distance:])
+                states.append(hidden_BTD)
+        return states
+
+    def _offload(self) -> AbstractContextManager[Any]:
+        """Return the context in which activations are kept where `offload_activations` says."""
+        if self.offload_activations and torch.is_grad_enabled():
+            return offload([*self.parameters(), self.cos, self.sin])
+        return nullcontext()
 
     def _context(
         self, ids_BT: Tensor, cache: KeyValueCache | None, counts_B: Tensor | None, documents_BT: Tensor | None
@@ -215,12 +234,10 @@ class Decoder(nn.Module):
         """Return the layers that are mixtures of experts, in the order of an output's `routings`."""
         return [block.feed_forward for block in self.blocks if isinstance(block.feed_forward, MoELayer)]
 
-    def _run(
-        self, block: nn.Module, x_BTD: Tensor, context: AttentionContext
-    ) -> tuple[Tensor, Routing | None, HeadRouting | None]:
+    def _run(self, module: nn.Module, *inputs: Any) -> Any:
         if self.recompute is Recompute.none or not torch.is_grad_enabled():
-            return block(x_BTD, context)  # type: ignore[no-any-return]
-        return run_recomputed(block, self.recompute, x_BTD, context)  # type: ignore[no-any-return]
+            return module(*inputs)
+        return run_recomputed(module, self.recompute, *inputs)
 
     def compile_blocks(self) -> None:
         """Compile the blocks in place; names of weights stay. Experts are left out: how many rows each gets is data,

@@ -41,7 +41,11 @@ def run(config: RunConfig) -> int:
         "run": trained.folder.root.name,
         "step": trained.step,
         **({"sequence_length": length} if settings.sequence_length else {}),
-        **{name: value for name, value in dataclasses.asdict(metrics).items() if name != "routing" and value != {}},
+        **{
+            name: value
+            for name, value in dataclasses.asdict(metrics).items()
+            if name != "routing" and value not in ({}, ())
+        },
         "gzip_bits_per_byte": baselines.gzip_bits_per_byte,
         "xz_bits_per_byte": baselines.xz_bits_per_byte,
     }

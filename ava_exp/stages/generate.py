@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+from ava_exp.config.prediction import MultiTokenConfig, PredictionConfig
 from ava_exp.config.run import RunConfig
 from ava_exp.config.stage import GenerateConfig
 from ava_exp.errors import EXIT_OK, UserError, must_be
 from ava_exp.generation.batch import check_prompts
 from ava_exp.generation.generate import generate
 from ava_exp.generation.sampling import stream
+from ava_exp.generation.speculative import SpeculationStatistics, speculate_tokens
 from ava_exp.stages.trained import TrainedRun, open_trained_run
 from ava_exp.tokenizer.tokenizer import Tokenizer
 
@@ -78,12 +81,36 @@ def _stream(trained: TrainedRun, prompt: str, ids: list[int], settings: Generate
     check_prompts(trained.model, [ids])  # before anything is printed
     writer = Writer(tokenizer)
     print(prompt, end="", flush=True)
+    statistics = SpeculationStatistics()
     try:
-        for token in stream(trained.model, ids, settings, stop_id=tokenizer.end_of_document_id):
+        for token in _tokens(trained, ids, settings, statistics):
             writer.add(token)
     finally:
         writer.finish()
+    if settings.speculative:
+        print(statistics, file=sys.stderr)
     return len(writer.ids)
+
+
+def _tokens(
+    trained: TrainedRun, ids: list[int], settings: GenerateConfig, statistics: SpeculationStatistics
+) -> Iterator[int]:
+    """Return the tokens of one continuation, in turn; `statistics` tell what became of drafts."""
+    stop_id = trained.data.tokenizer.end_of_document_id
+    if not settings.speculative:
+        return stream(trained.model, ids, settings, stop_id=stop_id)
+    return speculate_tokens(
+        trained.model,
+        ids,
+        max_new_tokens=settings.max_new_tokens,
+        confidence_threshold=confidence_threshold(settings, trained.config.prediction),
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        seed=settings.generation_seed,
+        stop_id=stop_id,
+        statistics=statistics,
+    )
 
 
 def _print_all(trained: TrainedRun, prompts: list[str], ids: list[list[int]], settings: GenerateConfig) -> int:
@@ -101,3 +128,10 @@ def _print_all(trained: TrainedRun, prompts: list[str], ids: list[list[int]], se
 def _tell_rate(num_tokens: int, seconds: float) -> None:
     if sys.stderr.isatty():
         print(f"{num_tokens} tokens in {seconds:.1f} s, {num_tokens / seconds:.1f} tokens/s", file=sys.stderr)
+
+
+def confidence_threshold(settings: GenerateConfig, prediction: PredictionConfig) -> float:
+    """Return how sure a prediction head must be to draft: what the stage says, else what the run was made for."""
+    if settings.confidence_threshold is not None:
+        return settings.confidence_threshold
+    return prediction.confidence_threshold if isinstance(prediction, MultiTokenConfig) else 0.0

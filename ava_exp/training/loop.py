@@ -226,6 +226,8 @@ class Trainer(ExpertSurgery):
                 "final": final,
                 **routing,
                 **activations,
+                **{f"future_accuracy_{head}": each.accuracy for head, each in enumerate(result.future, start=1)},
+                **{f"future_acceptance_{head}": each.acceptance for head, each in enumerate(result.future, start=1)},
             }
         )
 

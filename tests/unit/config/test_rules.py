@@ -71,6 +71,7 @@ def test_the_default_run_has_no_faults() -> None:
         (["attention=multi_level", "attention.progressive_sparsity=0.5"], "attention.progressive_sparsity"),
         (["attention=multi_level", "attention.num_levels=10"], "attention.num_levels"),
         (["attention.backend=flex", "attention.attention_dropout=0.1"], "attention.attention_dropout"),
+        (["prediction=multi_token", "prediction.num_prediction_heads=256"], "prediction.num_prediction_heads"),
         ([f"model.vocab_size={MIN_VOCABULARY - 1}"], "tokenizer.vocab_size"),
         (["tokenizer.vocab_size=5000"], "tokenizer.vocab_size"),
         (["optimizer.betas=[0.9]"], "optimizer.betas"),
