@@ -16,7 +16,7 @@ COLOURS = (GREY, RED, ORANGE, GREEN, "#8a5fb5", BLUE)
 
 def draw_positions(report: PositionReport) -> Figure:
     """Perplexity over position, one line for each measurement, and where the original texts ended."""
-    figure = Figure(figsize=(WIDTH, HEIGHT + 0.6), layout="constrained")
+    figure = Figure(figsize=(WIDTH, HEIGHT + 0.9), layout="constrained")
     axis = figure.subplots()
     axis.set_title("Perplexity by position")
     middles = [(start + stop) / 2 for start, stop in itertools.pairwise(report.edges)]
@@ -27,11 +27,11 @@ def draw_positions(report: PositionReport) -> Figure:
     if 0 < report.original_length < report.length:
         axis.axvline(report.original_length, color=GREY, linestyle=":", linewidth=1.2)
     axis.set_yscale("log")
-    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.2, 1.4, 1.6, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0)))
     axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.minorticks_off()
     axis.set_ylabel("perplexity of the next token")
     axis.set_xlabel("position in the text (tokens)")
     axis.set_xlim(0, report.length)
-    axis.legend(fontsize=8.5)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8.5)
     return figure
