@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -71,11 +72,16 @@ def test_greedy_output_is_that_of_plain_decoding(sparsity: str, dtype: str, thre
     assert accepted[0] > 0 and rejected > 0
 
 
+def logits_of(model: Decoder) -> Callable[[Tensor], Tensor]:
+    """Return the plain product with the vocabulary."""
+    return partial(F.linear, weight=model.embedding.weight if model.head is None else model.head.weight)
+
+
 class Corrupted(Speculator):
     """Drafts the plain continuation with errors here and there: any pattern of acceptance is met."""
 
     def __init__(self, model: Decoder, continuation: list[int], generator: torch.Generator) -> None:
-        super().__init__(model, 0.0, None)
+        super().__init__(model, logits_of(model), 0.0, None)
         self.continuation, self.generator, self.position = continuation, generator, 0
 
     def _draft(self, token: int, hidden_BTD: Tensor, max_drafts: int) -> tuple[list[int], list[Tensor]]:
@@ -209,11 +215,10 @@ class Scripted:
 
 def all_paths(model: Decoder, ids: list[int], num_tokens: int, threshold: float, **filters: float) -> Iterator[Any]:
     """Yield (tokens, probability, drafted, accepted) of every way that a speculative generation can go."""
-    head = model.embedding.weight if model.head is None else model.head.weight
     scripts: list[list[int]] = [[]]
     while scripts:
         choices = Scripted(**filters, script=scripts.pop())  # type: ignore[arg-type]
-        speculator = Speculator(model, lambda hidden: F.linear(hidden, head), threshold, choices)
+        speculator = Speculator(model, logits_of(model), threshold, choices)
         cache = model.new_cache(batch_size=1, capacity=len(ids) + num_tokens)
         token, hidden = speculator.start(ids, cache)
         tokens, num_drafted, num_accepted = [token], 0, 0
