@@ -18,12 +18,18 @@ _MODULES = {
     "FileTokenizerConfig": "config.data",
     "FilesConfig": "config.data",
     "StdlibConfig": "config.data",
+    "LossConfig": "config.loss",
+    "GenerationSettings": "config.generation",
     "Activation": "config.model",
     "DenseConfig": "config.model",
     "GroupedAttentionConfig": "config.attention",
+    "MixedActivation": "config.model",
+    "MixtureOfHeadsConfig": "config.attention",
+    "MultiLevelAttentionConfig": "config.attention",
     "MoEConfig": "config.model",
     "ModelConfig": "config.model",
     "Norm": "config.model",
+    "RopeScaling": "config.model",
     "MultiTokenConfig": "config.prediction",
     "DeepSeekRouterConfig": "config.router",
     "DynamicRouterConfig": "config.router",
@@ -49,7 +55,10 @@ _MODULES = {
     "prepare_data": "data.prepare",
     "UserError": "errors",
     "evaluate_language": "evaluation.language",
+    "evaluate_by_position": "evaluation.positions",
+    "generate": "generation.generate",
     "sample_tokens": "generation.sampling",
+    "stream": "generation.sampling",
     "SpeculationStatistics": "generation.speculative",
     "speculate_tokens": "generation.speculative",
     "LossTerm": "losses.terms",
@@ -68,16 +77,22 @@ _MODULES = {
 if TYPE_CHECKING:
     from ava_exp.config.architecture import Architecture as Architecture
     from ava_exp.config.attention import GroupedAttentionConfig as GroupedAttentionConfig
+    from ava_exp.config.attention import MixtureOfHeadsConfig as MixtureOfHeadsConfig
+    from ava_exp.config.attention import MultiLevelAttentionConfig as MultiLevelAttentionConfig
     from ava_exp.config.compose import compose as compose
     from ava_exp.config.data import BPEConfig as BPEConfig
     from ava_exp.config.data import FilesConfig as FilesConfig
     from ava_exp.config.data import FileTokenizerConfig as FileTokenizerConfig
     from ava_exp.config.data import StdlibConfig as StdlibConfig
+    from ava_exp.config.generation import GenerationSettings as GenerationSettings
+    from ava_exp.config.loss import LossConfig as LossConfig
     from ava_exp.config.model import Activation as Activation
     from ava_exp.config.model import DenseConfig as DenseConfig
+    from ava_exp.config.model import MixedActivation as MixedActivation
     from ava_exp.config.model import ModelConfig as ModelConfig
     from ava_exp.config.model import MoEConfig as MoEConfig
     from ava_exp.config.model import Norm as Norm
+    from ava_exp.config.model import RopeScaling as RopeScaling
     from ava_exp.config.prediction import MultiTokenConfig as MultiTokenConfig
     from ava_exp.config.router import DeepSeekRouterConfig as DeepSeekRouterConfig
     from ava_exp.config.router import DynamicRouterConfig as DynamicRouterConfig
@@ -103,7 +118,10 @@ if TYPE_CHECKING:
     from ava_exp.data.prepare import prepare_data as prepare_data
     from ava_exp.errors import UserError as UserError
     from ava_exp.evaluation.language import evaluate_language as evaluate_language
+    from ava_exp.evaluation.positions import evaluate_by_position as evaluate_by_position
+    from ava_exp.generation.generate import generate as generate
     from ava_exp.generation.sampling import sample_tokens as sample_tokens
+    from ava_exp.generation.sampling import stream as stream
     from ava_exp.generation.speculative import SpeculationStatistics as SpeculationStatistics
     from ava_exp.generation.speculative import speculate_tokens as speculate_tokens
     from ava_exp.losses.terms import LossTerm as LossTerm

@@ -15,10 +15,12 @@ from ava_exp.config.base import ComponentConfig
 class DataConfig(ComponentConfig):
     """Base of every data source. Documents are split by a hash of their name: stable whatever else is added."""
 
-    runtime_fields: ClassVar[frozenset[str]] = frozenset({"sequence_length", "validation_fraction"})
+    runtime_fields: ClassVar[frozenset[str]] = frozenset({"sequence_length", "validation_fraction", "mask_documents"})
 
     sequence_length: int = 256
     validation_fraction: float = 0.15
+    mask_documents: bool = False
+    """Whether a token sees its own document only."""
 
 
 @dataclass(kw_only=True, slots=True)

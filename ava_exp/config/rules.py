@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from ava_exp.config import generation
+from ava_exp.config.attention import AttentionBackend, MixtureOfHeadsConfig, MultiLevelAttentionConfig
 from ava_exp.config.data import BPEConfig
 from ava_exp.config.faults import Fault, Rule, Severity, error
 from ava_exp.config.machine import Precision
-from ava_exp.config.model import MoEConfig
+from ava_exp.config.model import MoEConfig, RopeScaling
 from ava_exp.config.prediction import MultiTokenConfig
 from ava_exp.config.router import (
     DeepSeekRouterConfig,
@@ -23,7 +25,7 @@ from ava_exp.config.router import (
     balanced_divisor,
 )
 from ava_exp.config.run import RunConfig
-from ava_exp.config.stage import SurgeryConfig
+from ava_exp.config.stage import GenerateConfig, SurgeryConfig
 from ava_exp.config.surgery import faults_of
 from ava_exp.config.training import AdamWConfig, Recompute, WSDConfig
 
@@ -65,6 +67,8 @@ BOUNDS = (
             "model.head_dim",
             "model.intermediate_size",
             "model.max_position_embeddings",
+            "model.original_max_position_embeddings",
+            "model.rope_scaling_factor",
             "model.num_experts",
             "model.claimed_parameters",
             "model.claimed_active_parameters",
@@ -76,9 +80,13 @@ BOUNDS = (
             "sparsity.router.num_groups",
             "sparsity.router.groups_per_token",
             "sparsity.router.max_experts",
+            "attention.sliding_window",
+            "attention.num_levels",
+            "attention.heads_per_token",
             "data.sequence_length",
             "tokenizer.min_frequency",
             "schedule.num_cycles",
+            "loss.repetition_ngram_size",
             "hardware.batch_size",
             "hardware.num_devices",
             "hardware.num_threads",
@@ -93,7 +101,10 @@ BOUNDS = (
             "evaluation.max_tokens",
             "checkpoint.save_every_n_batches",
             "stage.max_new_tokens",
+            "stage.num_beams",
+            "stage.num_samples",
             "stage.max_tokens",
+            "stage.sequence_length",
         ),
     ),
     Bound(
@@ -102,6 +113,9 @@ BOUNDS = (
         (
             "model.norm_epsilon",
             "model.rope_theta",
+            "model.yarn_beta_fast",
+            "model.yarn_beta_slow",
+            "model.yarn_attention_factor",
             "model.initializer_range",
             "sparsity.capacity_factor",
             "sparsity.router.routing_temperature",
@@ -109,6 +123,7 @@ BOUNDS = (
             "sparsity.router.average_experts",
             "model.learning_rate",
             "optimizer.learning_rate",
+            "stage.learning_rate",
             "optimizer.epsilon",
             "model.claimed_memory_gb",
             "hardware.memory_gib",
@@ -126,6 +141,7 @@ BOUNDS = (
             "budget.default_seconds",
             "budget.chinchilla_multiplier",
             "training.gradient_clip_val",
+            "stage.repetition_penalty",
         ),
     ),
     Bound(
@@ -135,6 +151,8 @@ BOUNDS = (
             "seed",
             "model.load_balancing_weight",
             "sparsity.num_shared_experts",
+            "attention.num_shared_heads",
+            "attention.head_balance_weight",
             "sparsity.first_k_dense",
             "sparsity.router.load_balancing_weight",
             "sparsity.router.load_balancing_weight_end",
@@ -143,6 +161,11 @@ BOUNDS = (
             "sparsity.router.sequence_balance_weight",
             "sparsity.router.routing_entropy_weight",
             "sparsity.router.bias_update_rate",
+            "loss.z_loss_weight",
+            "loss.immediate_repetition_weight",
+            "loss.repetition_penalty_weight",
+            "loss.entropy_regularization",
+            "loss.output_diversity_weight",
             "optimizer.weight_decay",
             "prediction.num_prediction_heads",
             "prediction.mtp_weight",
@@ -153,6 +176,8 @@ BOUNDS = (
             "checkpoint.save_total_limit",
             "stage.temperature",
             "stage.top_k",
+            "stage.no_repeat_ngram_size",
+            "stage.length_penalty",
             "stage.layer",
             "stage.expert",
             "stage.other",
@@ -166,6 +191,7 @@ BOUNDS = (
             "model.dropout",
             "attention.attention_dropout",
             "sparsity.expert_dropout",
+            "loss.label_smoothing",
             "sparsity.router.jitter",
             "sparsity.router.whole_expert_dropout",
             "sparsity.router.threshold_momentum",
@@ -187,7 +213,7 @@ BOUNDS = (
     Bound(
         "above 0 and at most 1",
         lambda value: 0 < value <= 1,
-        ("stage.top_p", "stage.assumed_mfu", "sparsity.router.threshold"),
+        ("stage.top_p", "stage.assumed_mfu", "sparsity.router.threshold", "attention.progressive_sparsity"),
     ),
     Bound("above 1", lambda value: value > 1, ("precision.scale_factor",)),
 )
@@ -234,6 +260,47 @@ def _heads_divide(config: RunConfig) -> Iterator[Fault]:
         yield error("model.num_kv_heads", f"a divisor of `model.num_heads` ({model.num_heads})", model.num_kv_heads)
     if model.head_dim % 2:
         yield error("model.head_dim", "even, since rotary positions turn pairs of values", model.head_dim)
+
+
+def _heads_are_enough(config: RunConfig) -> Iterator[Fault]:
+    attention, num_heads = config.attention, config.model.num_heads
+    if isinstance(attention, MixtureOfHeadsConfig):
+        shared, chosen = attention.num_shared_heads, attention.heads_per_token
+        if shared >= num_heads:
+            yield error("attention.num_shared_heads", f"below `model.num_heads` ({num_heads})", shared)
+        elif shared + chosen > num_heads:
+            expected = f"at most {num_heads - shared}, the heads that are not shared"
+            yield error("attention.heads_per_token", expected, chosen)
+
+
+def _flexible_attention_drops_nothing(config: RunConfig) -> Iterator[Fault]:
+    dropout = value_at(config, "attention.attention_dropout")
+    if value_at(config, "attention.backend") is AttentionBackend.flex and dropout:
+        yield error("attention.attention_dropout", "0 with `attention.backend=flex`, which has none", dropout)
+
+
+def _levels_have_windows(config: RunConfig) -> Iterator[Fault]:
+    attention = config.attention
+    if not isinstance(attention, MultiLevelAttentionConfig):
+        return
+    if attention.progressive_sparsity != 1 and attention.sliding_window is None:
+        remedy = "It says how the window shrinks from level to level."
+        yield error(
+            "attention.progressive_sparsity",
+            "1 without `attention.sliding_window`",
+            attention.progressive_sparsity,
+            remedy,
+        )
+    coarsest, length = 2 ** (min(attention.num_levels, 64) - 1), config.data.sequence_length
+    if coarsest > length:
+        expected = f"so few that a block of the coarsest ({coarsest}) fits `data.sequence_length` ({length})"
+        yield error("attention.num_levels", expected, attention.num_levels)
+
+
+def _mixture_has_activations(config: RunConfig) -> Iterator[Fault]:
+    names = [activation.name for activation in config.model.mixed_activations]
+    if not names or len(set(names)) < len(names):
+        yield error("model.mixed_activations", "at least one activation, none of them twice", names)
 
 
 def _router_fits_the_experts(config: RunConfig) -> Iterator[Fault]:
@@ -308,6 +375,45 @@ def _sequence_fits_positions(config: RunConfig) -> Iterator[Fault]:
         yield error("data.sequence_length", expected, config.data.sequence_length)
 
 
+def _rope_scaling_is_whole(config: RunConfig) -> Iterator[Fault]:
+    model = config.model
+    factor, original, length = (
+        model.rope_scaling_factor,
+        model.original_max_position_embeddings,
+        model.max_position_embeddings,
+    )
+    if model.rope_scaling is RopeScaling.none:
+        for name in ("rope_scaling_factor", "original_max_position_embeddings"):
+            if (value := getattr(model, name)) is not None:
+                yield error(f"model.{name}", "null without `model.rope_scaling`", value, "Choose one, such as `yarn`.")
+        return
+    if factor is None or original is None:
+        expected = "given, or `model.original_max_position_embeddings`, with `model.rope_scaling`"
+        yield error("model.rope_scaling_factor", expected, factor)
+        return
+    if original > length:
+        expected = f"at most `model.max_position_embeddings` ({length})"
+        yield error("model.original_max_position_embeddings", expected, original)
+    if length > math.ceil(original * factor):
+        message = (
+            f"`model.max_position_embeddings` is {length}, but {original} positions scaled by {factor:g} are fewer."
+        )
+        yield Fault(Severity.warning, "model.max_position_embeddings", message, "Beyond those nothing was ever tried.")
+
+
+def _yarn_constants_have_a_meaning(config: RunConfig) -> Iterator[Fault]:
+    model, given = config.model, config.model.yarn_attention_factor
+    if model.rope_scaling is not RopeScaling.yarn:
+        if given is not None:
+            yield error("model.yarn_attention_factor", "null unless `model.rope_scaling` is `yarn`", given)
+        return
+    if model.yarn_beta_fast <= model.yarn_beta_slow:
+        expected = f"above `model.yarn_beta_slow` ({model.yarn_beta_slow:g})"
+        yield error("model.yarn_beta_fast", expected, model.yarn_beta_fast)
+    if model.rope_theta <= 1:
+        yield error("model.rope_theta", "above 1 with `model.rope_scaling=yarn`", model.rope_theta)
+
+
 def _prediction_heads_see_their_labels(config: RunConfig) -> Iterator[Fault]:
     prediction, length = config.prediction, config.data.sequence_length
     if isinstance(prediction, MultiTokenConfig) and prediction.num_prediction_heads >= length:
@@ -338,6 +444,29 @@ def _surgery_is_whole(config: RunConfig) -> Iterator[Fault]:
     if isinstance(config.stage, SurgeryConfig):
         for name, expected, value in faults_of(config.stage):
             yield error(f"stage.{name}", expected, value)
+
+
+def _generation_is_whole(config: RunConfig) -> Iterator[Fault]:
+    if isinstance(config.stage, GenerateConfig):
+        for name, expected, value in generation.faults_of(config.stage):
+            yield error(f"stage.{name}", expected, value)
+
+
+PLAIN_GENERATION = {
+    "prompt_file": None,
+    "num_beams": 1,
+    "num_samples": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+}
+
+
+def _speculation_is_of_one_text(config: RunConfig) -> Iterator[Fault]:
+    if isinstance(config.stage, GenerateConfig) and config.stage.speculative:
+        for name, plain in PLAIN_GENERATION.items():
+            if (value := getattr(config.stage, name)) != plain:
+                expected = f"{'null' if plain is None else f'{plain:g}'} with `stage.speculative`"
+                yield error(f"stage.{name}", expected, value, "One text is written as the model has it.")
 
 
 def _schedule_fits(config: RunConfig) -> Iterator[Fault]:
@@ -379,14 +508,22 @@ RULES: tuple[Rule, ...] = (
     _numbers_are_finite,
     _name_is_a_file_name,
     _heads_divide,
+    _heads_are_enough,
+    _levels_have_windows,
+    _flexible_attention_drops_nothing,
+    _mixture_has_activations,
     _router_fits_the_experts,
     _capacity_has_a_meaning,
     _dense_layers_leave_some,
     _sequence_fits_positions,
+    _rope_scaling_is_whole,
+    _yarn_constants_have_a_meaning,
     _prediction_heads_see_their_labels,
     _vocabulary_holds_the_tokens,
     _betas_are_two_ratios,
     _surgery_is_whole,
+    _generation_is_whole,
+    _speculation_is_of_one_text,
     _schedule_fits,
     _budget_is_usual,
     _only_bf16_rounds_stochastically,

@@ -96,7 +96,21 @@ def _unknown_key(key: str, error: OmegaConfBaseException, groups: Iterable[str])
         return f"`{key}` does not exist: {_like_top_level(key, groups)}"
     chosen = error.object_type
     siblings = [f"{parent}.{field}" for field in field_types(chosen)] if dataclasses.is_dataclass(chosen) else []
-    return f"`{key}` does not exist: " + (suggest_key(key, siblings) if siblings else f"`{parent}` has no keys here.")
+    if not siblings:
+        return f"`{key}` does not exist: `{parent}` has no keys here."
+    near = nearest(key.rpartition(".")[2], [sibling.rpartition(".")[2] for sibling in siblings])
+    return f"`{key}` does not exist: " + (suggest_key(key, siblings) if near else _of_other_options(key, siblings))
+
+
+def _of_other_options(key: str, siblings: Iterable[str]) -> str:
+    """Suggest keys that other options of the section have, or list those of the chosen one."""
+    parent = key.rpartition(".")[0]
+    others = {other.rpartition(".")[2]: other for other in all_keys() if other.rpartition(".")[0] == parent}
+    close = [others[part] for part in nearest(key.rpartition(".")[2], others)]
+    if not close:
+        return suggest_key(key, siblings)
+    options = dict.fromkeys(option for other in close for option in options_with(other))
+    return f"{_did_you_mean(close)} That needs " + " or ".join(f"`{option}`" for option in options) + "."
 
 
 def suggest_key(key: str, siblings: Iterable[str]) -> str:

@@ -35,6 +35,18 @@ class Batch:
     """Shape (B,): which sample, or evaluation window, each row is; -1 for a row without any."""
     source_ids: Tensor | None = None
     """Shape (B, T), int64: for evaluation, which of the data set's `sources` each input is from."""
+    documents: Tensor | None = None
+    """Shape (B, T), int64: documents of a sequence, numbered from 0; None where tokens see all that comes before."""
+
+    def documents_on(self, device: torch.device) -> Tensor | None:
+        """Return the documents on a device, for a decoder's `documents_BT`."""
+        return None if self.documents is None else self.documents.to(device, non_blocking=True)
+
+
+def number_documents(input_ids_BT: Tensor, end_of_document_id: int) -> Tensor:
+    """Return which document of its sequence each token belongs to, (B, T) int64; the token that ends one does, too."""
+    ends = (input_ids_BT == end_of_document_id).long()
+    return ends.cumsum(dim=1) - ends
 
 
 class BatchLoader:
@@ -54,9 +66,11 @@ class BatchLoader:
         seed: int,
         rank: int = 0,
         num_ranks: int = 1,
+        mask_documents: bool = False,
     ) -> None:
         """`batch_size` counts the sequences of a micro-batch on one rank. Raises `DataError` for too few tokens."""
         self.dataset = dataset
+        self.mask_documents = mask_documents
         self.sequence_length = sequence_length
         self.batch_size = batch_size
         self.gradient_accumulation_steps = gradient_accumulation_steps
@@ -98,8 +112,12 @@ class BatchLoader:
         length = self.sequence_length
         rows = [self.dataset.tokens(start, start + length + 1) for start in (samples * length).tolist()]
         tokens = torch.from_numpy(np.stack(rows).astype(np.int64))
+        input_ids = tokens[:, :-1].contiguous()
         return Batch(
-            input_ids=tokens[:, :-1].contiguous(), labels=tokens[:, 1:].contiguous(), sample_ids=samples.copy()
+            input_ids=input_ids,
+            labels=tokens[:, 1:].contiguous(),
+            sample_ids=samples.copy(),
+            documents=_documents(input_ids, self.dataset) if self.mask_documents else None,
         )
 
 
@@ -118,6 +136,7 @@ class EvaluationLoader:
         max_tokens: int | None = None,
         rank: int = 0,
         num_ranks: int = 1,
+        mask_documents: bool = False,
     ) -> None:
         """Raises `DataError` for a split without a token to predict."""
         if dataset.num_tokens < 2:
@@ -125,6 +144,7 @@ class EvaluationLoader:
         self.dataset = dataset
         self.sequence_length = sequence_length
         self.batch_size = batch_size
+        self.mask_documents = mask_documents
         windows = self.windows(max_tokens)
         per_rank = -(-len(windows) // num_ranks)
         padded = np.full(per_rank * num_ranks, -1, dtype=np.int64)
@@ -158,4 +178,14 @@ class EvaluationLoader:
             input_ids[row, : len(tokens) - 1] = tokens[:-1]
             labels[row, : len(tokens) - 1] = tokens[1:]
             source_ids[row, : len(tokens) - 1] = torch.from_numpy(self.dataset.source_ids(start, stop - 1))
-        return Batch(input_ids=input_ids, labels=labels, sample_ids=windows.copy(), source_ids=source_ids)
+        return Batch(
+            input_ids=input_ids,
+            labels=labels,
+            sample_ids=windows.copy(),
+            source_ids=source_ids,
+            documents=_documents(input_ids, self.dataset) if self.mask_documents else None,
+        )
+
+
+def _documents(input_ids_BT: Tensor, dataset: TokenDataset) -> Tensor:
+    return number_documents(input_ids_BT, dataset.manifest.end_of_document_id)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from ava_exp.data.loader import IGNORED, Batch
 from ava_exp.evaluation.routing import RoutingMetrics, RoutingObserver
 from ava_exp.losses.cross_entropy import score_labels
 from ava_exp.models.decoder import Decoder
+from ava_exp.nn.activation import activation_weights
 from ava_exp.nn.output import ModelOutput
 
 
@@ -42,6 +43,8 @@ class LanguageMetrics:
     bytes: int
     seconds: float
     routing: RoutingMetrics | None = None
+    activation_weights: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Of the mixtures of activations, by where they are."""
     future: tuple[FutureMetrics, ...] = ()
     """Of the prediction heads, the first one first."""
 
@@ -66,7 +69,7 @@ def evaluate_language(
     future = FutureTally()
     for batch in batches:
         labels = batch.labels.to(device).flatten()
-        output = model(batch.input_ids.to(device))
+        output = model(batch.input_ids.to(device), documents_BT=batch.documents_on(device))
         if observer is not None:
             observer.add(batch, output.routings)
         hits_N = torch.empty_like(labels, dtype=torch.bool)
@@ -87,6 +90,7 @@ def evaluate_language(
         bytes=num_bytes,
         seconds=time.monotonic() - started,
         routing=observer.metrics() if observer is not None else None,
+        activation_weights=activation_weights(model),
         future=future.metrics(),
     )
 

@@ -28,15 +28,15 @@ may take either.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ava_exp.errors import UserError, must_be
+from ava_exp.errors import UserError
+from ava_exp.generation.batch import check_prompts, prepared
 from ava_exp.generation.sampling import filter_logits
 from ava_exp.models.decoder import Decoder
 from ava_exp.nn.attention.cache import KeyValueCache
@@ -157,16 +157,23 @@ class Speculator:
     the head's drafts have been worth their time: one that was hardly ever right is tried again now and then only.
     """
 
-    def __init__(self, model: Decoder, confidence_threshold: float, choices: Choices | None) -> None:
-        self.model, self.confidence_threshold, self.choices = model, confidence_threshold, choices
+    def __init__(
+        self,
+        model: Decoder,
+        to_logits: Callable[[Tensor], Tensor],
+        confidence_threshold: float,
+        choices: Choices | None,
+    ) -> None:
+        """`to_logits` maps hidden states (…, D) to logits (…, V)."""
+        self.model, self.to_logits = model, to_logits
+        self.confidence_threshold, self.choices = confidence_threshold, choices
         self.heads = list(model.prediction_heads)
         self.rates, self.num_rounds = [1.0] * len(self.heads), 0
-        self.weight_VD = model.embedding.weight if model.head is None else model.head.weight
 
     def start(self, prompt_ids: list[int], cache: KeyValueCache) -> tuple[int, Tensor]:
         """Read the prompt; return the token after it and the state (1, 1, D) that it is predicted from."""
         output = self.model(self._ids(prompt_ids), cache)
-        return self._decide([], [], output.last_logits)[0], output.hidden[:, -1:]
+        return self._decide([], [], self.to_logits(output.hidden[:, -1]))[0], output.hidden[:, -1:]
 
     def round(self, token: int, hidden_BTD: Tensor, cache: KeyValueCache, max_drafts: int) -> Round:
         """Decide at most `max_drafts` + 1 tokens after `token`, the newest, which the cache does not hold yet.
@@ -176,7 +183,7 @@ class Speculator:
         drafts, distributions = self._draft(token, hidden_BTD, min(max_drafts, self._num_worthwhile()))
         start = cache.lengths
         output = self.model(self._ids([token, *drafts]), cache)
-        tokens = self._decide(drafts, distributions, output.logits[0])
+        tokens = self._decide(drafts, distributions, self.to_logits(output.hidden[0]))
         if len(tokens) <= len(drafts):
             cache.truncate(start + len(tokens))
         self._remember(len(drafts), len(tokens) - 1)
@@ -194,7 +201,7 @@ class Speculator:
             self.rates[head] += MEMORY * ((head < num_accepted) - self.rates[head])
 
     def _ids(self, tokens: list[int]) -> Tensor:
-        return torch.tensor([tokens], device=self.weight_VD.device)
+        return torch.tensor([tokens], device=self.model.embedding.weight.device)
 
     def _draft(self, token: int, hidden_BTD: Tensor, max_drafts: int) -> tuple[list[int], list[Tensor]]:
         """Return the drafts and, when sampling, the distributions (V,) that they were drawn from."""
@@ -202,7 +209,7 @@ class Speculator:
         distributions: list[Tensor] = []
         for head in self.heads[:max_drafts]:
             hidden_BTD = head(hidden_BTD, self.model.embedding(self._ids([token])))
-            logits_1V = F.linear(hidden_BTD[0], self.weight_VD)
+            logits_1V = self.to_logits(hidden_BTD[0])
             if self.choices is None:
                 confidence, best = logits_1V.softmax(dim=-1, dtype=wide_format(logits_1V))[0].max(dim=0)
                 if confidence < self.confidence_threshold:
@@ -253,22 +260,17 @@ def speculate_tokens(
     are made by the model's prediction heads, and `statistics` are filled with what becomes of them.
     Raises UserError for an empty or too long prompt, and for a model without prediction heads.
     """
-    limit = model.config.max_position_embeddings
-    if not 0 < len(prompt_ids) < limit:
-        raise UserError(must_be("prompt", f"between 1 and {limit - 1} tokens", len(prompt_ids)))
+    check_prompts(model, [prompt_ids])
     if not len(model.prediction_heads):
         raise UserError("the model has no prediction heads to draft with: train one with `prediction=multi_token`.")
     statistics = SpeculationStatistics() if statistics is None else statistics
     statistics.reset(len(model.prediction_heads))
     generator = torch.Generator(device=model.embedding.weight.device).manual_seed(seed)
     choices = None if temperature == 0 else RandomChoices(temperature, top_k, top_p, generator)
-    was_training = model.training
-    model.eval()
-    speculator = Speculator(model, confidence_threshold, choices)
-    try:
-        yield from _stream(speculator, prompt_ids, min(max_new_tokens, limit - len(prompt_ids)), stop_id, statistics)
-    finally:
-        model.train(was_training)
+    num_wanted = min(max_new_tokens, model.config.max_position_embeddings - len(prompt_ids))
+    with prepared(model, max_new_tokens) as to_logits:
+        speculator = Speculator(model, to_logits, confidence_threshold, choices)
+        yield from _stream(speculator, prompt_ids, num_wanted, stop_id, statistics)
 
 
 def _stream(

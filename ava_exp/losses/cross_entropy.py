@@ -58,12 +58,12 @@ def score_labels(
     `nats_N` and `hits_N`, where they are given, are filled with the same of every row: -log p(label), which means
     nothing where the label is `IGNORED`, and, as booleans, whether it has one and that has the largest logit.
     """
-    valid_N, labels_N1 = _valid(labels_N)
-    nats = torch.zeros((), dtype=_wide(hidden_ND), device=hidden_ND.device)
+    valid_N, labels_N1 = valid_labels(labels_N)
+    nats = torch.zeros((), dtype=wide_dtype(hidden_ND), device=hidden_ND.device)
     correct = torch.zeros((), dtype=torch.int64, device=hidden_ND.device)
-    for rows in _slices(len(hidden_ND), SLICE_VALUES // len(head_VD)):
+    for rows in head_slices(hidden_ND, head_VD):
         logits_SV, valid_S, labels_S1 = hidden_ND[rows] @ head_VD.t(), valid_N[rows], labels_N1[rows]
-        for part in _cached(logits_SV):
+        for part in cached_parts(logits_SV):
             logits = logits_SV[part].to(nats.dtype)
             nats_P = _nats(logits, logits.softmax(dim=1), labels_S1[part])
             hits_P = (logits.argmax(dim=1) == labels_S1[part, 0]) & valid_S[part]
@@ -73,6 +73,19 @@ def score_labels(
                 if kept is not None:
                     kept[rows][part] = of_part
     return nats, correct
+
+
+@torch.no_grad()
+def label_nats(hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor) -> Tensor:
+    """Return -log p(label) of every row, (N,) fp32 or wider, and 0 where the label is `IGNORED`."""
+    valid_N, labels_N1 = valid_labels(labels_N)
+    nats_N = torch.zeros(len(hidden_ND), dtype=wide_dtype(hidden_ND), device=hidden_ND.device)
+    for rows in head_slices(hidden_ND, head_VD):
+        logits_SV = hidden_ND[rows] @ head_VD.t()
+        for part in cached_parts(logits_SV):
+            logits = logits_SV[part].to(nats_N.dtype)
+            nats_N[rows][part] = _nats(logits, logits.softmax(dim=1), labels_N1[rows][part])
+    return nats_N.masked_fill_(~valid_N, 0)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -86,11 +99,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         expected_scale: float,
         nats_N: Tensor | None,
     ) -> Tensor:
-        valid_N, labels_N1 = _valid(labels_N)
-        total = torch.zeros((), dtype=_wide(hidden_ND), device=hidden_ND.device)
+        valid_N, labels_N1 = valid_labels(labels_N)
+        total = torch.zeros((), dtype=wide_dtype(hidden_ND), device=hidden_ND.device)
         grad_hidden = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
         grad_head = torch.zeros_like(head_VD) if ctx.needs_input_grad[1] else None
-        for rows in _slices(len(hidden_ND), SLICE_VALUES // len(head_VD)):
+        for rows in head_slices(hidden_ND, head_VD):
             logits_SV = hidden_ND[rows] @ head_VD.t()
             nats_S = None if nats_N is None else nats_N[rows]
             total += _replace_by_gradient(logits_SV, labels_N1[rows], valid_N[rows], divisor / expected_scale, nats_S)
@@ -117,8 +130,8 @@ def _replace_by_gradient(
 ) -> Tensor:
     """Overwrite logits by the gradient of Σ -log p(label) / divisor; return the sum, undivided. Its summands fill
     `nats_S`, where that is given."""
-    total = torch.zeros((), dtype=_wide(logits_SV), device=logits_SV.device)
-    for part in _cached(logits_SV):
+    total = torch.zeros((), dtype=wide_dtype(logits_SV), device=logits_SV.device)
+    for part in cached_parts(logits_SV):
         valid, labels = valid_S[part, None], labels_S1[part]
         logits = logits_SV[part].to(total.dtype)
         softmax = logits.softmax(dim=1)
@@ -138,17 +151,24 @@ def _nats(logits_SV: Tensor, softmax_SV: Tensor, labels_S1: Tensor) -> Tensor:
     return log_partition - logits_SV.gather(1, labels_S1)[:, 0]
 
 
-def _valid(labels_N: Tensor) -> tuple[Tensor, Tensor]:
+def valid_labels(labels_N: Tensor) -> tuple[Tensor, Tensor]:
     """Return which labels count, and all of them as (N, 1) indices."""
     valid_N = labels_N != IGNORED
     return valid_N, labels_N.where(valid_N, 0)[:, None]
 
 
-def _wide(tensor: Tensor) -> torch.dtype:
+def wide_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the format of softmax and sums: fp32, or wider where the tensor is."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _cached(logits_SV: Tensor) -> Iterator[slice]:
+def head_slices(hidden_ND: Tensor, head_VD: Tensor) -> Iterator[slice]:
+    """Return the rows whose logits exist at once, slice by slice."""
+    return _slices(len(hidden_ND), SLICE_VALUES // len(head_VD))
+
+
+def cached_parts(logits_SV: Tensor) -> Iterator[slice]:
+    """Return the rows of a slice whose softmax is computed at once."""
     num_rows, num_values = logits_SV.shape
     return _slices(num_rows, CACHED_VALUES // num_values if logits_SV.device.type == "cpu" else num_rows)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,13 +11,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ava_exp.config.attention import AttentionConfig, MixtureOfHeadsConfig
+from ava_exp.config.loss import LossConfig
 from ava_exp.config.model import MoEConfig, SparsityConfig
 from ava_exp.config.prediction import MultiTokenConfig, PredictionConfig
 from ava_exp.config.router import BalanceScope
 from ava_exp.data.loader import IGNORED
 from ava_exp.errors import ConfigError
 from ava_exp.losses.balance import absolute_deviation_loss, load_balancing_loss
-from ava_exp.losses.cross_entropy import linear_cross_entropy
+from ava_exp.losses.cross_entropy import linear_cross_entropy, wide_dtype
+from ava_exp.losses.head import Measure, linear_measures
+from ava_exp.losses.repetition import TokenSets, last_tokens, repeating_tokens
 from ava_exp.nn.moe.routing import Routing
 from ava_exp.nn.output import ModelOutput
 
@@ -36,6 +41,13 @@ class StepContext:
     label_nats: Tensor | None = None
     """Shape (B, T), wide: -log p(label) of this micro-batch, without gradient; cross entropy, the first term, fills it
     for the terms that follow."""
+    input_ids: Tensor | None = None
+    """What the model read, (B, T); the terms on repetition need it."""
+    terms: Sequence[tuple[LossTerm, float]] = ()
+    """All terms of the objective with their weights in this step. Those on the output distribution share one pass over
+    the logits, and its gradient is the weighted sum's; a term that is not here is computed alone."""
+    shared: tuple[ModelOutput, dict[Measure, Tensor]] | None = None
+    """What that pass found, and in which output."""
 
 
 class LossTerm(Protocol):
@@ -56,16 +68,79 @@ class LossTerm(Protocol):
 class CrossEntropy:
     """Mean negative log-likelihood of the labels, in nats per token, from fp32 logits."""
 
-    name: str = "loss"
+    name: str = Measure.cross_entropy.value
 
     def weight_at(self, progress: float) -> float:
         return 1.0
 
     def __call__(self, output: ModelOutput, labels_BT: Tensor, context: StepContext) -> Tensor:
+        if any(isinstance(term, OutputLoss) for term, _ in context.terms):
+            return _measured(self, output, labels_BT, context)[Measure.cross_entropy]
         hidden_ND, labels_N = output.hidden.flatten(0, 1), labels_BT.flatten()
         context.label_nats = new_nats(labels_BT, output.hidden)
         nats_N = context.label_nats.flatten()
         return linear_cross_entropy(hidden_ND, output.head, labels_N, context.num_tokens, context.loss_scale, nats_N)
+
+
+def new_nats(labels: Tensor, hidden: Tensor) -> Tensor:
+    """Return room for -log p(label) of every label, in the format that losses of `hidden` are computed in."""
+    return hidden.new_empty(labels.shape, dtype=wide_dtype(hidden))
+
+
+@dataclass(slots=True)
+class OutputLoss:
+    """A measure of the output distribution: mean over the tokens. What is rewarded has a weight below 0.
+
+    `repeats` maps what was read and the labels to the tokens that a term on repetition is about. Diversity is not
+    linear in the tokens: with accumulation it is the mean of the micro-batches' diversities.
+    """
+
+    name: str
+    weight: float
+    repeats: Callable[[Tensor, Tensor], TokenSets] | None = None
+
+    def weight_at(self, progress: float) -> float:
+        return self.weight
+
+    def __call__(self, output: ModelOutput, labels_BT: Tensor, context: StepContext) -> Tensor:
+        return _measured(self, output, labels_BT, context)[Measure(self.name)]
+
+
+def _measured(
+    term: CrossEntropy | OutputLoss, output: ModelOutput, labels_BT: Tensor, context: StepContext
+) -> dict[Measure, Tensor]:
+    """Return what the pass found that all terms on the output distribution share; make it where it was not made yet."""
+    if context.shared is None or context.shared[0] is not output:
+        weighted = [(other, weight) for other, weight in context.terms if isinstance(other, CrossEntropy | OutputLoss)]
+        if not any(other is term for other, _ in weighted):
+            return _run_pass([(term, 1.0)], output, labels_BT, context)
+        context.label_nats = new_nats(labels_BT, output.hidden)
+        context.shared = output, _run_pass(weighted, output, labels_BT, context, context.label_nats.flatten())
+    return context.shared[1]
+
+
+def _run_pass(
+    weighted: Sequence[tuple[CrossEntropy | OutputLoss, float]],
+    output: ModelOutput,
+    labels_BT: Tensor,
+    context: StepContext,
+    nats_N: Tensor | None = None,
+) -> dict[Measure, Tensor]:
+    unwanted = {}
+    for term, _ in weighted:
+        if isinstance(term, OutputLoss) and term.repeats is not None:
+            assert context.input_ids is not None, "terms on repetition need the step's `input_ids`"
+            unwanted[Measure(term.name)] = term.repeats(context.input_ids, labels_BT)
+    return linear_measures(
+        output.hidden.flatten(0, 1),
+        output.head,
+        labels_BT.flatten(),
+        {Measure(term.name): weight for term, weight in weighted},
+        unwanted=unwanted,
+        divisor=context.num_tokens,
+        expected_scale=context.loss_scale,
+        nats_N=nats_N,
+    )
 
 
 @dataclass(slots=True)
@@ -105,11 +180,6 @@ class MultiTokenLoss:
         return nats <= (-math.log(self.threshold) if self.threshold > 0 else math.inf)
 
 
-def new_nats(labels: Tensor, hidden: Tensor) -> Tensor:
-    """Return room for -log p(label) of every label, in the format that losses of `hidden` are computed in."""
-    return hidden.new_empty(labels.shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
-
-
 @dataclass(slots=True)
 class RouterLoss:
     """A loss of routers, mean over the mixture-of-experts layers.
@@ -140,17 +210,62 @@ class RouterLoss:
             return torch.stack([self.measure(routing, counts) for routing, counts in layers]).mean() * share
 
 
-def build_losses(sparsity: SparsityConfig, prediction: PredictionConfig | None = None) -> list[LossTerm]:
-    """Return the terms of the objective, cross entropy first."""
-    terms: list[LossTerm] = [CrossEntropy()]
+@dataclass(slots=True)
+class HeadBalanceLoss:
+    """The balance loss of routed attention heads, mean over the layers: 1 when all are used alike [jin2024moh].
+
+    The paper's is smaller, by the number of routed heads over those that a token chooses. With accumulation it is the
+    mean of the micro-batches' losses.
+    """
+
+    weight: float
+    name: str = "head_balance_loss"
+
+    def weight_at(self, progress: float) -> float:
+        return self.weight
+
+    def __call__(self, output: ModelOutput, labels_BT: Tensor, context: StepContext) -> Tensor:
+        share = int((labels_BT != IGNORED).sum()) / context.num_tokens
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.weight > 0):
+            losses = [load_balancing_loss(routing.probabilities, routing.counts) for routing in output.head_routings]
+            return torch.stack(losses).mean() * share
+
+
+def build_losses(
+    sparsity: SparsityConfig,
+    loss: LossConfig | None = None,
+    *,
+    attention: AttentionConfig | None = None,
+    prediction: PredictionConfig | None = None,
+) -> list[LossTerm]:
+    """Return the terms of the objective, cross entropy first; without a `loss` it has none on the output beside it."""
+    terms: list[LossTerm] = [CrossEntropy(), *_output_losses(loss or LossConfig())]
     if isinstance(prediction, MultiTokenConfig) and prediction.num_prediction_heads:
         terms.append(MultiTokenLoss(prediction.mtp_weight, prediction.confidence_threshold_train))
+    if isinstance(attention, MixtureOfHeadsConfig):
+        terms.append(HeadBalanceLoss(attention.head_balance_weight))
     if isinstance(sparsity, MoEConfig):
         router = sparsity.router
         for name, weight in router.losses().items():
             end = router.load_balancing_weight_end if name == BALANCE else None
             terms.append(RouterLoss(name, weight, _measure(name, router.balance_over), end))
     return terms
+
+
+def _output_losses(loss: LossConfig) -> list[OutputLoss]:
+    weights = {
+        Measure.label_smoothing: loss.label_smoothing,
+        Measure.z: loss.z_loss_weight,
+        Measure.immediate_repetition: loss.immediate_repetition_weight,
+        Measure.repetition: loss.repetition_penalty_weight,
+        Measure.entropy: -loss.entropy_regularization,
+        Measure.diversity: -loss.output_diversity_weight,
+    }
+    repeats: dict[Measure, Callable[[Tensor, Tensor], TokenSets]] = {
+        Measure.immediate_repetition: last_tokens,
+        Measure.repetition: functools.partial(repeating_tokens, ngram_size=loss.repetition_ngram_size),
+    }
+    return [OutputLoss(measure.value, weight, repeats.get(measure)) for measure, weight in weights.items() if weight]
 
 
 def require_balance_loss(terms: Sequence[LossTerm]) -> None:

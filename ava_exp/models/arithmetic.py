@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ava_exp.config.architecture import Architecture
-from ava_exp.config.attention import AttentionConfig, GroupedAttentionConfig
+from ava_exp.config.attention import AttentionConfig
 from ava_exp.config.model import Activation, ModelConfig, MoEConfig, Overflow, SharedProjection, SparsityConfig
 from ava_exp.config.prediction import MultiTokenConfig
+from ava_exp.models.attention import attention_parameters, scores_per_token
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -91,12 +92,8 @@ def _part(name: str, total: int, multiplied: int) -> Part:
 
 
 def _attention_part(model: ModelConfig, attention: AttentionConfig) -> Part:
-    assert model.num_kv_heads is not None and model.head_dim is not None
-    query, key_value = model.num_heads * model.head_dim, 2 * model.num_kv_heads * model.head_dim
-    weights = model.hidden_size * (query + key_value) + query * model.hidden_size
-    bias = query + key_value + model.hidden_size if model.bias else 0
-    norms = 2 * model.head_dim if isinstance(attention, GroupedAttentionConfig) and attention.qk_norm else 0
-    return _part("attention", model.num_layers * (weights + bias + norms), multiplied=model.num_layers * weights)
+    total, multiplied = attention_parameters(model, attention)
+    return _part("attention", model.num_layers * total, multiplied=model.num_layers * multiplied)
 
 
 def _feed_forward_parts(model: ModelConfig, sparsity: SparsityConfig) -> list[Part]:
@@ -108,16 +105,18 @@ def _feed_forward_parts(model: ModelConfig, sparsity: SparsityConfig) -> list[Pa
     if num_dense := model.num_layers - num_sparse:
         weights = num_dense * matrices * hidden * model.intermediate_size
         bias = num_dense * ((matrices - 1) * model.intermediate_size + hidden) if model.bias else 0
-        parts.append(_part("feed-forward", weights + bias, multiplied=weights))
+        mixtures = num_dense * model.num_mixed_activations
+        parts.append(_part("feed-forward", weights + bias + mixtures, multiplied=weights))
     if isinstance(sparsity, MoEConfig) and num_sparse:
         router = num_sparse * sparsity.router.num_weights(hidden, sparsity.num_experts)
         parts += [_part("router", router, multiplied=router), _experts_part(model, sparsity)]
         network = num_sparse * matrices * hidden * expert_width(model, sparsity)
+        mixtures = num_sparse * model.num_mixed_activations
         if sparsity.num_shared_experts:
             shared = sparsity.num_shared_experts * network
-            parts.append(_part("shared experts", shared, multiplied=shared))
+            parts.append(_part("shared experts", shared + mixtures, multiplied=shared))
         if sparsity.capacity_factor is not None and sparsity.overflow is Overflow.residual:
-            parts.append(Part(name="residual expert", total=network, active=0, multiplied=0))
+            parts.append(Part(name="residual expert", total=network + mixtures, active=0, multiplied=0))
     return parts
 
 
@@ -128,8 +127,8 @@ def _experts_part(model: ModelConfig, sparsity: MoEConfig) -> Part:
     visits = experts_per_token(sparsity)
     return Part(
         name="experts",
-        total=layers * (sparsity.num_experts * (own + norm) + common),
-        active=round(layers * (visits * (own + norm) + common)),
+        total=layers * (sparsity.num_experts * (own + norm) + common + model.num_mixed_activations),
+        active=round(layers * (visits * (own + norm) + common + model.num_mixed_activations)),
         multiplied=round(layers * (visits * own + common)),
     )
 
@@ -169,13 +168,13 @@ def forward_flops_per_token(architecture: Architecture, sequence_length: int) ->
     """Floating-point operations of one token's forward pass: 2 for each multiplied weight, and attention's products.
 
     Softmax, norms and the rotary embedding are left out, as in [chowdhery2022palm] app. B. Attention is counted
-    causally: a token looks at (T + 1) / 2 positions on average, where the paper counts all T.
+    causally: a token looks at (T + 1) / 2 positions on average, where the paper counts all T; see `scores_per_token`.
     """
     model = architecture.model
     assert model.head_dim is not None
     weights = 2 * count_parameters(architecture).multiplied
-    positions = (sequence_length + 1) / 2
-    return weights + 4 * model.num_layers * model.num_heads * model.head_dim * positions
+    scores = scores_per_token(model, architecture.attention, sequence_length)
+    return weights + 4 * model.num_layers * model.head_dim * scores
 
 
 def training_flops_per_token(architecture: Architecture, sequence_length: int) -> float:

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ava_exp.config.architecture import Architecture
-from ava_exp.config.model import DenseConfig, ModelConfig, MoEConfig, Overflow, SparsityConfig
+from ava_exp.config.model import DenseConfig, ModelConfig, MoEConfig, Overflow, RopeScaling, SparsityConfig
 from ava_exp.config.training import Recompute
 from ava_exp.errors import ConfigError
 from ava_exp.nn.attention.cache import AttentionContext, KeyValueCache
+from ava_exp.nn.attention.mixture_of_heads import HeadRouting
 from ava_exp.nn.ffn import FeedForward
 from ava_exp.nn.init import initialize
 from ava_exp.nn.moe.experts import Experts
@@ -24,7 +25,7 @@ from ava_exp.nn.norm import build_norm
 from ava_exp.nn.output import ModelOutput
 from ava_exp.nn.prediction import build_prediction_heads
 from ava_exp.nn.recompute import offload, run_recomputed
-from ava_exp.nn.rope import rope_tables
+from ava_exp.nn.rope import RotaryScaling, rope_tables
 
 
 class Block(nn.Module):
@@ -47,12 +48,15 @@ class Block(nn.Module):
         self.feed_forward = build_feed_forward(model, sparsity, layer)
         self.dropout = model.dropout
 
-    def forward(self, x_BTD: Tensor, context: AttentionContext) -> tuple[Tensor, Routing | None]:
-        """Map (B, T, D) to (B, T, D); the routing is None where the feed-forward network is dense."""
-        x_BTD = x_BTD + self._drop(self.attention(self.attention_norm(x_BTD), context))
+    def forward(self, x_BTD: Tensor, context: AttentionContext) -> tuple[Tensor, Routing | None, HeadRouting | None]:
+        """Map (B, T, D) to (B, T, D). A routing is None where the feed-forward network is dense, or where all tokens
+        use all heads."""
+        mixed = self.attention(self.attention_norm(x_BTD), context)
+        mixed_BTD, heads = mixed if isinstance(mixed, tuple) else (mixed, None)
+        x_BTD = x_BTD + self._drop(mixed_BTD)
         y = self.feed_forward(self.feed_forward_norm(x_BTD))
         y_BTD, routing = y if isinstance(y, tuple) else (y, None)
-        return x_BTD + self._drop(y_BTD), routing
+        return x_BTD + self._drop(y_BTD), routing, heads
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout > 0 else x
@@ -61,8 +65,9 @@ class Block(nn.Module):
 def build_feed_forward(model: ModelConfig, sparsity: SparsityConfig, layer: int) -> nn.Module:
     """Return the dense network or the mixture of experts that `sparsity` asks for in this layer."""
     assert model.intermediate_size is not None
+    mixed = model.mixed_activations
     if isinstance(sparsity, DenseConfig) or (isinstance(sparsity, MoEConfig) and layer < sparsity.first_k_dense):
-        return FeedForward(model.hidden_size, model.intermediate_size, model.activation, model.bias)
+        return FeedForward(model.hidden_size, model.intermediate_size, model.activation, model.bias, mixed)
     assert isinstance(sparsity, MoEConfig)
     width = sparsity.intermediate_size or model.intermediate_size
     experts = Experts(
@@ -74,6 +79,7 @@ def build_feed_forward(model: ModelConfig, sparsity: SparsityConfig, layer: int)
         share=sparsity.share_projection,
         norm=sparsity.expert_norm,
         dropout=sparsity.expert_dropout,
+        mixed_activations=mixed,
     )
     has_residual = sparsity.capacity_factor is not None and sparsity.overflow is Overflow.residual
     return MoELayer(
@@ -85,8 +91,26 @@ def build_feed_forward(model: ModelConfig, sparsity: SparsityConfig, layer: int)
     )
 
 
+def rotary_scaling(model: ModelConfig) -> RotaryScaling | None:
+    """Return how the model's rotary positions are scaled; None where they are not."""
+    factor, original_length = model.rope_scaling_factor, model.original_max_position_embeddings
+    if model.rope_scaling is RopeScaling.none:
+        return None
+    if factor is None or original_length is None:
+        either = "`model.rope_scaling_factor` or `model.original_max_position_embeddings`"
+        raise ConfigError(f"`model.rope_scaling={model.rope_scaling.name}` needs {either}.")
+    return RotaryScaling(
+        kind=model.rope_scaling,
+        factor=factor,
+        original_length=original_length,
+        beta_fast=model.yarn_beta_fast,
+        beta_slow=model.yarn_beta_slow,
+        attention_factor=model.yarn_attention_factor,
+    )
+
+
 def _network(model: ModelConfig, width: int) -> FeedForward:
-    return FeedForward(model.hidden_size, width, model.activation)
+    return FeedForward(model.hidden_size, width, model.activation, mixed_activations=model.mixed_activations)
 
 
 def _capacity(sparsity: MoEConfig) -> CapacityLimit | None:
@@ -124,11 +148,17 @@ class Decoder(nn.Module):
 
     def refresh_rope(self) -> None:
         """(Re)compute the rotary tables on the model's device; they are no part of a checkpoint."""
-        assert self.config.head_dim is not None
-        device = self.embedding.weight.device
-        tables = rope_tables(self.config.max_position_embeddings, self.config.head_dim, self.config.rope_theta, device)
+        model, device = self.config, self.embedding.weight.device
+        assert model.head_dim is not None
+        scaling = rotary_scaling(model)
+        tables = rope_tables(model.max_position_embeddings, model.head_dim, model.rope_theta, device, scaling)
         for name, table in zip(("cos", "sin"), tables, strict=True):
             self.register_buffer(name, table, persistent=False)
+
+    def scale_positions(self, model: ModelConfig) -> None:
+        """Read positions as `model` says, which has other rotary scaling or more positions, and is else the same."""
+        self.config = model
+        self.refresh_rope()
 
     def forward(
         self,
@@ -148,17 +178,19 @@ class Decoder(nn.Module):
         """
         context = self._context(ids_BT, cache, counts_B, documents_BT)
         embedding_BTD = x_BTD = self.embedding(ids_BT)
-        routings = []
+        routings, head_routings = [], []
         with self._offload():
             for block in self.blocks:
-                x_BTD, routing = self._run(block, x_BTD, context)
+                x_BTD, routing, heads = self._run(block, x_BTD, context)
                 if routing is not None:
                     routings.append(routing)
+                if heads is not None:
+                    head_routings.append(heads)
         if cache is not None:
             cache.advance(ids_BT.shape[1] if counts_B is None else counts_B)
         weight = self.embedding.weight if self.head is None else self.head.weight
         hidden_BTD = self.final_norm(x_BTD)
-        return ModelOutput(hidden_BTD, weight, routings, partial(self._chain, hidden_BTD, embedding_BTD))
+        return ModelOutput(hidden_BTD, weight, routings, head_routings, partial(self._chain, hidden_BTD, embedding_BTD))
 
     def _chain(self, hidden_BTD: Tensor, embedding_BTD: Tensor) -> list[Tensor]:
         """Chain the prediction heads: head j reads the true token j positions on, so it ends j before the text does."""
@@ -184,6 +216,8 @@ class Decoder(nn.Module):
         if stop > limit:
             raise ConfigError(f"a sequence must have at most {limit} tokens, but has {stop} instead.")
         cos, sin = self._tables(starts, ids_BT.shape[1])
+        if cache is not None:  # once, not in every layer
+            cos, sin = cos.to(self.embedding.weight.dtype), sin.to(self.embedding.weight.dtype)
         return AttentionContext(cos=cos, sin=sin, cache=cache, counts=counts_B, documents=documents_BT)
 
     def _tables(self, starts: int | Tensor, length: int) -> tuple[Tensor, Tensor]:

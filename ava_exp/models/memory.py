@@ -5,18 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ava_exp.config.architecture import Architecture
-from ava_exp.config.attention import AttentionBackend, AttentionConfig, GroupedAttentionConfig
+from ava_exp.config.attention import AttentionConfig
 from ava_exp.config.machine import Precision
 from ava_exp.config.model import Activation, ModelConfig, MoEConfig, SparsityConfig
 from ava_exp.config.training import Recompute
 from ava_exp.models.arithmetic import count_parameters, experts_per_token, num_prediction_heads, prediction_head_width
+from ava_exp.models.attention import kept_attention_bytes
 
 PROCESS_BYTES = 350_000_000
 """What the process takes beside its tensors: 260 MB were resident before there was a model, and kernels add to that."""
 SLICE_VALUES = 2**24
 """Logits that exist at once: of `losses/cross_entropy.py`, which imports torch; a test holds the two together."""
-PLAIN_LENGTH = 512
-"""Up to here a CPU computes attention by plain products, which keep all scores: of `nn/attention/grouped.py`."""
 
 WEIGHT_BYTES = {
     Precision.fp32: 4,
@@ -103,10 +102,11 @@ def _activation_bytes(
 ) -> int:
     """Bytes that the forward pass keeps for the backward pass, and the gradients of one block's values."""
     tokens = batch_size * sequence_length
-    plain = _attends_by_products(attention, sequence_length, on_cpu)
-    mixing = _mixing_bytes(model, attention, size, sequence_length if plain else 0)
+    mixing = _mixing_bytes(model, attention, size, sequence_length, on_cpu)
     rows = _rows_of_experts(sparsity, tokens, on_cpu)
-    block = tokens * (mixing + _norm_bytes(model, size)) + _feed_forward_bytes(model, sparsity, size, tokens, rows)
+    block = round(tokens * (mixing + _norm_bytes(model, size))) + _feed_forward_bytes(
+        model, sparsity, size, tokens, rows
+    )
     ends = tokens * (_norm_bytes(model, size) + size * model.hidden_size)
     if recompute is Recompute.none:
         return model.num_layers * block + ends + block
@@ -126,27 +126,17 @@ def _prediction_values(architecture: Architecture, recompute: Recompute) -> int:
     return num_prediction_heads(architecture) * (kept + model.hidden_size) + working
 
 
-def _attends_by_products(attention: AttentionConfig, sequence_length: int, on_cpu: bool) -> bool:
-    assert isinstance(attention, GroupedAttentionConfig)
-    automatic = attention.backend is AttentionBackend.auto and on_cpu and sequence_length <= PLAIN_LENGTH
-    return attention.backend is AttentionBackend.plain or automatic
-
-
 def _norm_bytes(model: ModelConfig, size: int) -> int:
     """A norm's input and output, for one token."""
     return 2 * size * model.hidden_size
 
 
-def _mixing_bytes(model: ModelConfig, attention: AttentionConfig, size: int, num_scores: int) -> int:
-    """Attention of one token: its norm, queries, keys, values, what it read, and the scores if they are kept."""
-    assert isinstance(attention, GroupedAttentionConfig)
-    assert model.head_dim is not None and model.num_kv_heads is not None
-    query, key_value = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    scores = model.num_heads * num_scores * (3 if attention.attention_dropout > 0 else 1)
+def _mixing_bytes(
+    model: ModelConfig, attention: AttentionConfig, size: int, sequence_length: int, on_cpu: bool
+) -> float:
+    """Attention of one token: its norm, what is kept of the attention itself, and masks of dropped values."""
     masks = 2 * size * model.hidden_size if model.dropout > 0 else 0
-    # torch's fused product keeps the values as they stand in the one result of all three projections, norms the others.
-    projected = query + key_value if attention.qk_norm or not num_scores else 0
-    return _norm_bytes(model, size) + size * (2 * query + 2 * key_value + projected + scores) + masks
+    return _norm_bytes(model, size) + kept_attention_bytes(model, attention, size, sequence_length, on_cpu) + masks
 
 
 def _rows_of_experts(sparsity: SparsityConfig, tokens: int, on_cpu: bool) -> int:

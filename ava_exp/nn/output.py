@@ -8,17 +8,20 @@ from dataclasses import dataclass, field
 import torch.nn.functional as F
 from torch import Tensor
 
+from ava_exp.nn.attention.mixture_of_heads import HeadRouting
 from ava_exp.nn.moe.routing import Routing
 
 
 @dataclass(slots=True)
 class ModelOutput:
     """`hidden` (B, T, D) after the last norm and `head` (V, D), whose product are the logits, in the model's format;
-    `routings` one entry for every mixture-of-experts layer; `chain` runs the prediction heads, if there are any."""
+    `routings` one entry for every mixture-of-experts layer, `head_routings` one for every mixture of heads. `chain`
+    runs the prediction heads, if there are any."""
 
     hidden: Tensor
     head: Tensor
     routings: list[Routing] = field(default_factory=list)
+    head_routings: list[HeadRouting] = field(default_factory=list)
     chain: Callable[[], list[Tensor]] = list
 
     @property

@@ -109,6 +109,7 @@ def build_loader(config: RunConfig, runtime: Runtime, data: PreparedData) -> Bat
         batch_size=runtime.resolution.batch_size,
         gradient_accumulation_steps=config.training.gradient_accumulation_steps,
         seed=config.seed,
+        mask_documents=config.data.mask_documents,
     )
 
 
@@ -147,6 +148,7 @@ def build_evaluation(
             sequence_length=config.data.sequence_length,
             batch_size=runtime.resolution.batch_size,
             max_tokens=None if whole else config.evaluation.max_tokens,
+            mask_documents=config.data.mask_documents,
         )
         probe = choose_probe(batches.windows(config.evaluation.max_tokens), config.data.sequence_length)
         observer = RoutingObserver(data.validation.sources, probe, state.routing.choices)
@@ -193,7 +195,7 @@ def build_trainer(
         build_loader(config, runtime, data),
         updater,
         build_schedule(config, runtime, total_steps),
-        build_losses(config.sparsity, config.prediction),
+        build_losses(config.sparsity, config.loss, attention=config.attention, prediction=config.prediction),
         total_steps,
         state=state,
         gradient_clip_val=config.training.gradient_clip_val,

@@ -29,7 +29,7 @@ def run(config: RunConfig) -> int:
     assert isinstance(settings, SurgeryConfig)
     saved = open_saved_run(config, settings.run)
     if settings.operation is SurgeryKind.scale_load_balancing:
-        require_balance_loss(build_losses(saved.config.sparsity, saved.config.prediction))
+        require_balance_loss(build_losses(saved.config.sparsity))
     model = assembly.build_decoder(saved.config, saved.runtime)
     updater = assembly.build_updater(saved.config, saved.runtime, model)
     surgeon = Surgeon(model, updater)
@@ -39,6 +39,7 @@ def run(config: RunConfig) -> int:
         sequence_length=saved.config.data.sequence_length,
         batch_size=saved.runtime.resolution.batch_size,
         max_tokens=settings.max_tokens,
+        mask_documents=saved.config.data.mask_documents,
     )
     report = surgeon.operate(settings, list(batches), step=state.step, device=saved.runtime.device)
     if settings.operation not in SETTINGS:

@@ -19,7 +19,8 @@ logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 
-NOT_METRICS = frozenset({"kind", "step", "time", "final", "sample_crc32", "expert_load"})
+NOT_METRICS = frozenset({"kind", "step", "time", "final", "sample_crc32", "expert_load", "head_load"})
+LOADS = ("expert_load", "source_load", "head_load")
 LOAD_DECIMALS = 5
 MAX_PENDING = 10_000
 """Records kept in memory while the file cannot be written."""
@@ -42,7 +43,7 @@ class MetricsFile:
     def append(self, record: Record) -> None:
         """Write one record; a disk that is full costs one warning and is tried again at the next record."""
         record = {**record, "time": round(time.time(), 3)}
-        record |= {name: _rounded(record[name]) for name in ("expert_load", "source_load") if name in record}
+        record |= {name: _rounded(record[name]) for name in LOADS if name in record}
         line = to_json(record) + "\n"
         if len(self._pending) == MAX_PENDING:
             self._pending.popleft()
@@ -161,6 +162,8 @@ def metric_values(record: Record) -> dict[str, float]:
         for name, value in record.items()
         if name not in NOT_METRICS and isinstance(value, int | float)
     }
+    for place, weights in record.get("activation_weights", {}).items():
+        values |= {f"{group}/activations/{place}/{name}": weight for name, weight in weights.items()}
     if layers := layer_statistics(record):
         prefix = "experts" if group == "train" else f"{group}/experts"
         named = {f"layer_{number}": layer for number, layer in enumerate(layers)} | {

@@ -180,6 +180,8 @@ class Trainer(ExpertSurgery):
             "sample_crc32": zlib.crc32(np.concatenate([batch.sample_ids for batch in batches]).tobytes()),
             "skipped": not metrics.applied,
         }
+        if metrics.head_counts:
+            record["head_load"] = [(counts / counts.sum()).tolist() for counts in metrics.head_counts]
         return record | self._routing_record()
 
     def _routing_record(self) -> Record:
@@ -210,6 +212,7 @@ class Trainer(ExpertSurgery):
         if result.routing is not None:
             self.state.routing.choices = result.routing.choices
             routing = result.routing.record()
+        activations: Record = {"activation_weights": weights} if (weights := result.activation_weights) else {}
         self._emit(
             {
                 "kind": "eval",
@@ -222,6 +225,7 @@ class Trainer(ExpertSurgery):
                 "seconds": result.seconds,
                 "final": final,
                 **routing,
+                **activations,
                 **{f"future_accuracy_{head}": each.accuracy for head, each in enumerate(result.future, start=1)},
                 **{f"future_acceptance_{head}": each.acceptance for head, each in enumerate(result.future, start=1)},
             }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ class StepMetrics:
     applied: bool
     num_tokens: int
     tally: ExpertTally
+    head_counts: list[Tensor] = field(default_factory=list)
+    """By layer with a mixture of heads, how many tokens chose each of the routed ones, (R,) int64."""
 
 
 def train_step(
@@ -44,16 +46,21 @@ def train_step(
     """
     num_tokens = sum(int((batch.labels != IGNORED).sum()) for batch in micro_batches)
     sums = torch.zeros(len(terms), device=device)
-    weights = torch.tensor([term.weight_at(progress) for term in terms], device=device)
-    tally = ExpertTally()
+    weighted = [(term, term.weight_at(progress)) for term in terms]
+    weights = torch.tensor([weight for _, weight in weighted], device=device)
+    tally, head_counts = ExpertTally(), list[Tensor]()
     for batch in micro_batches:
-        output = model(batch.input_ids.to(device, non_blocking=True))
+        input_ids = batch.input_ids.to(device, non_blocking=True)
+        output = model(input_ids, documents_BT=batch.documents_on(device))
         labels = batch.labels.to(device, non_blocking=True)
         tally.add(output.routings)
+        head_counts = _added(head_counts, [routing.counts for routing in output.head_routings])
         context = StepContext(
             num_tokens=num_tokens,
             loss_scale=updater.loss_scale.scale,
             chosen_counts=[layer.chosen_counts for layer in tally.layers],
+            input_ids=input_ids,
+            terms=weighted,
         )
         values = torch.stack([term(output, labels, context) for term in terms])
         backward((values * weights).sum() * updater.loss_scale.scale)
@@ -63,4 +70,10 @@ def train_step(
     if applied:
         tally.adapt(model)
     losses = {term.name: value for term, value in zip(terms, sums.tolist(), strict=True)}
-    return StepMetrics(losses=losses, grad_norm=norm, applied=applied, num_tokens=num_tokens, tally=tally)
+    return StepMetrics(
+        losses=losses, grad_norm=norm, applied=applied, num_tokens=num_tokens, tally=tally, head_counts=head_counts
+    )
+
+
+def _added(so_far: list[Tensor], counts: list[Tensor]) -> list[Tensor]:
+    return [one + other for one, other in zip(so_far, counts, strict=True)] if so_far else counts

@@ -28,34 +28,59 @@ class Held:
     keys: Tensor
     values: Tensor
     starts: int | Tensor
+    others: tuple[Tensor, ...] = ()
+    """What else was added with them, (R, H, S, C) each."""
+
+    def last(self, window: int) -> Held:
+        """Return what is left when every new entry sees the last `window` ones only."""
+        earliest = self.starts if isinstance(self.starts, int) else int(self.starts.min())
+        unseen = max(0, earliest - window + 1)
+        return Held(self.keys[:, :, unseen:], self.values[:, :, unseen:], self.starts - unseen)
 
 
 class LayerCache:
-    """Keys and values that one layer computed for B sequences.
+    """Keys and values that one layer computed for B sequences, and what else a kind of attention keeps of its entries:
+    `num_other_heads` says how many heads each of the others has.
 
     `lengths` is the number of entries: one number as long as it is the same for all sequences, else (B,) int64.
     """
 
     def __init__(
-        self, batch_size: int, num_kv_heads: int, capacity: int, head_dim: int, dtype: torch.dtype, device: torch.device
+        self,
+        batch_size: int,
+        num_kv_heads: int,
+        capacity: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        num_other_heads: Sequence[int] = (),
     ) -> None:
         self.capacity = capacity
         self.lengths: int | Tensor = 0
-        shape = (batch_size, num_kv_heads, 0, head_dim)
-        self.keys, self.values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+        heads = (num_kv_heads, num_kv_heads, *num_other_heads)
+        self.buffers = [torch.zeros((batch_size, num, 0, head_dim), dtype=dtype, device=device) for num in heads]
+        """Keys, values and others, (B, heads, room, C) each."""
         self.positions: Tensor | None = None
         """Shape (B, room), int64: where in its text each entry stands; None as long as that is its own number."""
 
     @property
+    def keys(self) -> Tensor:
+        return self.buffers[0]
+
+    @property
+    def values(self) -> Tensor:
+        return self.buffers[1]
+
+    @property
     def num_bytes(self) -> int:
-        """Bytes that keys and values occupy, room for growth included."""
-        return 2 * self.keys.numel() * self.keys.element_size()
+        """Bytes that all that is kept occupies, room for growth included."""
+        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers)
 
     def extend(
         self,
         k_RKTC: Tensor,
         v_RKTC: Tensor,
-        *,
+        *others_RHTC: Tensor,
         rows: Tensor | None = None,
         counts: Tensor | None = None,
         positions: Tensor | None = None,
@@ -69,28 +94,33 @@ class LayerCache:
         if rows is None and counts is None and isinstance(self.lengths, int):
             start, stop = self.lengths, self.lengths + length
             self._reserve(stop)
-            self.keys[:, :, start:stop], self.values[:, :, start:stop] = k_RKTC, v_RKTC
+            for buffer, new in zip(self.buffers, (k_RKTC, v_RKTC, *others_RHTC), strict=True):
+                buffer[:, :, start:stop] = new
             self._keep_positions(slice(None), slice(start, stop), positions)
             self.lengths = stop
-            return Held(self.keys[:, :, :stop], self.values[:, :, :stop], start)
-        return self._extend_ragged(k_RKTC, v_RKTC, rows, counts, positions)
+            keys, values, *others = (buffer[:, :, :stop] for buffer in self.buffers)
+            return Held(keys, values, start, tuple(others))
+        return self._extend_ragged((k_RKTC, v_RKTC, *others_RHTC), rows, counts, positions)
 
     def _extend_ragged(
-        self, k_RKTC: Tensor, v_RKTC: Tensor, rows: Tensor | None, counts: Tensor | None, positions: Tensor | None
+        self, added: Sequence[Tensor], rows: Tensor | None, counts: Tensor | None, positions: Tensor | None
     ) -> Held:
-        device, length = self.keys.device, k_RKTC.shape[2]
-        lengths = self.ragged_lengths()
+        device, length = self.keys.device, added[0].shape[2]
+        lengths, everyone = self.ragged_lengths(), rows is None
         rows = torch.arange(len(lengths), device=device) if rows is None else rows
         starts = lengths[rows]
         stops = starts + (length if counts is None else counts)
         self._reserve(int(stops.max()) if len(rows) else 0, int(starts.max()) + length if len(rows) else 0)
         entries_RT = starts[:, None] + torch.arange(length, device=device)
-        self.keys[rows[:, None], :, entries_RT] = k_RKTC.transpose(1, 2)
-        self.values[rows[:, None], :, entries_RT] = v_RKTC.transpose(1, 2)
+        for buffer, new in zip(self.buffers, added, strict=True):
+            buffer[rows[:, None], :, entries_RT] = new.transpose(1, 2)
         self._keep_positions(rows[:, None], entries_RT, positions)
         self.lengths = lengths.index_copy(0, rows, stops)
         longest = int(stops.max()) if len(rows) else 0
-        return Held(self.keys[rows, :, :longest], self.values[rows, :, :longest], starts)
+        held = (buffer[:, :, :longest] for buffer in self.buffers)
+        # Views for everyone, where picking rows copies.
+        keys, values, *others = held if everyone else (buffer[rows] for buffer in held)
+        return Held(keys, values, starts, tuple(others))
 
     def ragged_lengths(self) -> Tensor:
         """Return the number of entries of every sequence, (B,) int64."""
@@ -114,7 +144,7 @@ class LayerCache:
 
     def select(self, rows: Tensor) -> None:
         """Keep the sequences `rows` (R,) int64, in that order; one may occur several times."""
-        self.keys, self.values = self.keys[rows], self.values[rows]
+        self.buffers = [buffer[rows] for buffer in self.buffers]
         if isinstance(self.lengths, Tensor):
             self.lengths = self.lengths[rows]
         if self.positions is not None:
@@ -128,9 +158,9 @@ class LayerCache:
         if room <= old:
             return
         wanted = max(room, min(self.capacity, max(SMALLEST_CAPACITY, 2 * old)))
-        self.keys, self.values = (_enlarged(buffer, 2, wanted) for buffer in (self.keys, self.values))
+        self.buffers = [enlarged(buffer, 2, wanted) for buffer in self.buffers]
         if self.positions is not None:
-            self.positions = _enlarged(self.positions, 1, wanted)
+            self.positions = enlarged(self.positions, 1, wanted)
 
     def _keep_positions(self, rows: Tensor | slice, entries: Tensor | slice, positions: Tensor | None) -> None:
         if positions is None and self.positions is None:
@@ -142,10 +172,11 @@ class LayerCache:
         self.positions[rows, entries] = positions
 
 
-def _enlarged(buffer: Tensor, dim: int, size: int) -> Tensor:
+def enlarged(buffer: Tensor, dim: int, size: int) -> Tensor:
+    """Return a copy with room for `size` entries. New ones are 0: what is masked must still be a number."""
     shape = list(buffer.shape)
     shape[dim] = size
-    wider = torch.empty(shape, dtype=buffer.dtype, device=buffer.device)
+    wider = buffer.new_zeros(shape)
     wider.narrow(dim, 0, buffer.shape[dim]).copy_(buffer)
     return wider
 
@@ -199,11 +230,11 @@ class AttentionContext:
     documents: Tensor | None = None
     """Shape (R, T), int64: tokens see their own document only; None is all that comes before."""
 
-    def extend_cache(self, layer: int, k_RKTC: Tensor, v_RKTC: Tensor) -> Held:
-        """Add keys and values to the cache of a layer and return all that it then holds."""
+    def extend_cache(self, layer: int, k_RKTC: Tensor, v_RKTC: Tensor, *others_RHTC: Tensor) -> Held:
+        """Add keys, values and what else the layer keeps to its cache, and return all that it then holds."""
         assert self.cache is not None
         return self.cache.layers[layer].extend(
-            k_RKTC, v_RKTC, rows=self.rows, counts=self.counts, positions=self.positions
+            k_RKTC, v_RKTC, *others_RHTC, rows=self.rows, counts=self.counts, positions=self.positions
         )
 
     def of(self, tokens_RM: Tensor, *, rows: Tensor | None = None, counts: Tensor | None = None) -> AttentionContext:

@@ -36,6 +36,7 @@ def complaint(*overrides: str) -> str:
         ("optimizer.betas=3", "`optimizer.betas` must be a list, but is 3 instead."),
         ("training=3", "`training` must be a section with keys of its own, but is 3 instead."),
         ("schedule.decay_ratio=0.1", "is not a key of the chosen option, but of `schedule=wsd`."),
+        ("attention.num_level=2", "did you mean `attention.num_levels`? That needs `attention=multi_level`."),
         ("stage.promt=x", "`stage.promt` does not exist: `stage` has no keys here."),
         ("tracker.tags.a=b", "`tracker.tags.a` is new in a mapping: write `+tracker.tags.a=…`."),
         ("data=files", "`data.paths` must be given"),
@@ -54,6 +55,10 @@ def test_one_line_says_what_is_wrong_and_what_would_be_right(override: str, expe
 def test_the_nearest_key_of_the_section_comes_first() -> None:
     assert "did you mean `model.hidden_size`" in complaint("model.hiden_size=1")
     assert "did you mean `model.hidden_size`" in complaint("+model.hiden_size=1")
+
+
+def test_a_key_of_another_option_is_meant_where_the_chosen_one_has_none_like_it() -> None:
+    assert "did you mean `schedule.num_cycles`?" in complaint("schedule.num_cyclse=3")
 
 
 def test_without_a_near_key_all_are_listed() -> None:

@@ -140,3 +140,23 @@ def test_every_evaluated_token_knows_its_source(tmp_path: Path) -> None:
 def test_nothing_to_predict_is_refused(counting: MakeDataset) -> None:
     with pytest.raises(DataError, match="none to predict"):
         EvaluationLoader(counting(1), 8, 1)
+
+
+def test_documents_are_numbered_in_every_batch_that_masks_them(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, vocab_size=100, end_of_document_id=99, shard_tokens=50)
+    for length in (5, 2, 9, 1, 4, 12):
+        writer.add(np.arange(length, dtype=np.uint32))
+    writer.finish(split="train", source_fingerprint="", tokenizer_fingerprint="")
+    dataset = TokenDataset.open(tmp_path)
+    training = BatchLoader(dataset, 8, 2, 1, 0, mask_documents=True)
+    batches = [*training.micro_batches(0), *training.micro_batches(1)]
+    batches += EvaluationLoader(dataset, 8, 2, mask_documents=True)
+    for batch in batches:
+        assert batch.documents is not None
+        for sample, documents, ids in zip(batch.sample_ids, batch.documents, batch.input_ids, strict=True):
+            real = range(min(8, dataset.num_tokens - 1 - int(sample) * 8))
+            of_text = [dataset.document_of(int(sample) * 8 + t) for t in real]
+            assert documents[: len(real)].tolist() == [number - of_text[0] for number in of_text]
+            assert int(documents.max()) <= int((ids == 99).sum())
+    assert all(batch.documents is None for batch in BatchLoader(dataset, 8, 2, 1, 0).micro_batches(0))
+    assert all(batch.documents is None for batch in EvaluationLoader(dataset, 8, 2))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ava_exp.config.architecture import Architecture
@@ -72,11 +74,16 @@ def test_greedy_output_is_that_of_plain_decoding(sparsity: str, dtype: str, thre
     assert accepted[0] > 0 and rejected > 0
 
 
+def logits_of(model: Decoder) -> Callable[[Tensor], Tensor]:
+    """Return the plain product with the vocabulary."""
+    return partial(F.linear, weight=model.embedding.weight if model.head is None else model.head.weight)
+
+
 class Corrupted(Speculator):
     """Drafts the plain continuation with errors here and there: any pattern of acceptance is met."""
 
     def __init__(self, model: Decoder, continuation: list[int], generator: torch.Generator) -> None:
-        super().__init__(model, 0.0, None)
+        super().__init__(model, logits_of(model), 0.0, None)
         self.continuation, self.generator, self.position = continuation, generator, 0
 
     def _draft(self, token: int, hidden_BTD: Tensor, max_drafts: int) -> tuple[list[int], list[Tensor]]:
@@ -127,7 +134,7 @@ def test_trained_heads_draft_what_the_decoder_says() -> None:
     """A text in which every token follows from the one before is learned soon: all drafts of all heads are right."""
     model = build(dtype=torch.float32, initializer_range=0.1).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    terms = build_losses(DenseConfig(), MultiTokenConfig())
+    terms = build_losses(DenseConfig(), prediction=MultiTokenConfig())
     texts = (5 * torch.arange(17) + torch.arange(12)[:, None]) % 12
     for _ in range(120):
         output, context = model(texts[:, :-1]), StepContext(num_tokens=12 * 16)
@@ -168,7 +175,7 @@ class AlwaysWrong(Speculator):
 def test_heads_that_are_never_right_are_hardly_asked_again() -> None:
     model = build()
     model.embedding.weight[11] = 0.0  # its logit is 0, and the largest is above
-    speculator, cache = AlwaysWrong(model, 0.0, None), model.new_cache(batch_size=1, capacity=200)
+    speculator, cache = AlwaysWrong(model, logits_of(model), 0.0, None), model.new_cache(batch_size=1, capacity=200)
     token, hidden = speculator.start([1, 2], cache)
     drafted = []
     for _ in range(80):
@@ -257,7 +264,7 @@ def all_paths(model: Decoder, ids: list[int], num_tokens: int, threshold: float,
     scripts: list[list[int]] = [[]]
     while scripts:
         choices = Scripted(**filters, script=scripts.pop())  # type: ignore[arg-type]
-        speculator = Speculator(model, threshold, choices)
+        speculator = Speculator(model, logits_of(model), threshold, choices)
         cache = model.new_cache(batch_size=1, capacity=len(ids) + num_tokens)
         token, hidden = speculator.start(ids, cache)
         tokens, num_drafted, num_accepted = [token], 0, 0

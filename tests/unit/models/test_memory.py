@@ -9,14 +9,22 @@ import torch
 from torch import Tensor
 
 import ava_exp.losses.cross_entropy
-import ava_exp.nn.attention.grouped
+import ava_exp.nn.attention.band
+import ava_exp.nn.attention.mixture_of_heads
+import ava_exp.nn.attention.softmax
 import ava_exp.nn.moe.dispatch
 from ava_exp.config.architecture import Architecture
-from ava_exp.config.attention import AttentionBackend, GroupedAttentionConfig
+from ava_exp.config.attention import (
+    AttentionBackend,
+    GroupedAttentionConfig,
+    MixtureOfHeadsConfig,
+    MultiLevelAttentionConfig,
+)
 from ava_exp.config.machine import Precision
 from ava_exp.config.model import Activation, DenseConfig, ModelConfig, MoEConfig, Norm
 from ava_exp.config.router import TopKRouterConfig
 from ava_exp.config.training import Recompute
+from ava_exp.models import attention as attention_forms
 from ava_exp.models import memory
 from ava_exp.models.arithmetic import count_parameters
 from ava_exp.models.decoder import Decoder, build_model
@@ -38,6 +46,16 @@ COMPOSITIONS = [
     (config(activation=Activation.gelu, norm=Norm.layer), GroupedAttentionConfig(), MOE),
     (config(activation=Activation.gelu, norm=Norm.layer), GroupedAttentionConfig(), DenseConfig()),
     (config(num_kv_heads=2), GroupedAttentionConfig(qk_norm=True), MOE),
+    (config(), GroupedAttentionConfig(sliding_window=64), DenseConfig()),
+    (config(num_kv_heads=2), GroupedAttentionConfig(sliding_window=64, backend=SDPA), DenseConfig()),
+    (config(), MultiLevelAttentionConfig(), DenseConfig()),
+    (config(num_kv_heads=2), MultiLevelAttentionConfig(sliding_window=32, backend=SDPA), DenseConfig()),
+    (config(), MultiLevelAttentionConfig(sliding_window=64, progressive_sparsity=0.5, qk_norm=True), DenseConfig()),
+    (config(num_heads=8, num_kv_heads=4), MixtureOfHeadsConfig(num_shared_heads=2, heads_per_token=2), DenseConfig()),
+    (config(num_heads=8), MixtureOfHeadsConfig(num_shared_heads=0, backend=SDPA, qk_norm=True), DenseConfig()),
+    (config(activation=Activation.mixture), GroupedAttentionConfig(), MOE),
+    (config(activation=Activation.mixture), GroupedAttentionConfig(), DenseConfig()),
+    (config(activation=Activation.hard_mixture), GroupedAttentionConfig(), DenseConfig()),
 ]
 
 
@@ -149,4 +167,6 @@ def test_all_parts_are_added_up() -> None:
 
 def test_its_constants_are_those_of_the_code() -> None:
     assert memory.SLICE_VALUES == ava_exp.losses.cross_entropy.SLICE_VALUES
-    assert memory.PLAIN_LENGTH == ava_exp.nn.attention.grouped.PLAIN_LENGTH
+    for module in (ava_exp.nn.attention.softmax, ava_exp.nn.attention.band, ava_exp.nn.attention.mixture_of_heads):
+        names = {"PLAIN_LENGTH", "SMALLEST_CHUNK", "CHUNKS_A_WINDOW", "MOST_GATHERED"} & {*vars(module)}
+        assert names and all(getattr(module, name) == getattr(attention_forms, name) for name in names)

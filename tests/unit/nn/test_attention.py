@@ -9,7 +9,8 @@ import torch
 
 from ava_exp.config.attention import AttentionBackend
 from ava_exp.nn.attention.cache import AttentionContext, KeyValueCache
-from ava_exp.nn.attention.grouped import GroupedAttention, plain_attention
+from ava_exp.nn.attention.grouped import GroupedAttention
+from ava_exp.nn.attention.softmax import plain_attention
 from ava_exp.nn.rope import apply_rope, rope_tables
 
 

@@ -93,7 +93,7 @@ def test_no_heads_are_no_prediction_of_several_tokens_bit_for_bit(name: str) -> 
     assert torch.equal(none(some_ids()).logits, plain(some_ids()).logits)
     assert none(some_ids()).future == []
     sparsity = MODELS[name][1]
-    terms = build_losses(sparsity, MultiTokenConfig(num_prediction_heads=0))
+    terms = build_losses(sparsity, prediction=MultiTokenConfig(num_prediction_heads=0))
     assert [term.name for term in terms] == [term.name for term in build_losses(sparsity)]
     without, with_none = (
         architecture(name, prediction) for prediction in (NextTokenConfig(), MultiTokenConfig(num_prediction_heads=0))
@@ -139,7 +139,7 @@ def test_a_text_may_be_shorter_than_the_chain(length: int) -> None:
     output = model(ids)
     assert [state.shape[1] for state in output.future] == [max(0, length - j) for j in (1, 2, 3)]
     context = StepContext(num_tokens=2 * length)
-    sum(term(output, ids, context) for term in build_losses(DenseConfig(), THREE)).backward()
+    sum(term(output, ids, context) for term in build_losses(DenseConfig(), prediction=THREE)).backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
@@ -151,7 +151,7 @@ def test_gradcheck_of_a_head() -> None:
 
 def mtp_gradients(model: Decoder, ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
     output, context = model(ids), StepContext(num_tokens=int((labels != IGNORED).sum()))
-    terms = build_losses(DenseConfig(), THREE)
+    terms = build_losses(DenseConfig(), prediction=THREE)
     terms[0](output, labels, context)
     terms[1](output, labels, context).backward()
     return {key: value.grad for key, value in model.named_parameters() if value.grad is not None}
@@ -265,7 +265,7 @@ def test_the_losses_keep_their_gradients() -> None:
     output, labels = build(dtype=torch.float32).train()(some_ids()), some_ids().roll(-1, dims=1)
     kept: dict[int, Tensor] = {}
     context = StepContext(num_tokens=2 * LENGTH)
-    terms = build_losses(DenseConfig(), THREE)
+    terms = build_losses(DenseConfig(), prediction=THREE)
     terms[0](output, labels, context)
     states = output.future
     output = ModelOutput(output.hidden, output.head, chain=lambda: states)
