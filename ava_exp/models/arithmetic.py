@@ -62,7 +62,7 @@ def count_parameters(architecture: Architecture) -> ParameterBreakdown:
     if not model.tie_embeddings:
         parts.append(_part("head", embedding, multiplied=embedding))
     if num_heads := num_prediction_heads(architecture):
-        weights = num_heads * (_prediction_head_weights(architecture) + 3 * hidden)
+        weights = num_heads * (_prediction_head_weights(architecture) + 3 * hidden + model.num_mixed_activations)
         parts.append(Part(name=PREDICTION_HEADS, total=weights, active=0, multiplied=0))
     return ParameterBreakdown(parts=tuple(parts))
 

@@ -27,7 +27,7 @@ class PredictionHead(nn.Module):
         self.embedding_norm = build_norm(model.norm, dim, model.norm_epsilon)
         self.projection = nn.Linear(2 * dim, dim, bias=False)
         self.feed_forward_norm = build_norm(model.norm, dim, model.norm_epsilon)
-        self.feed_forward = FeedForward(dim, width, model.activation)
+        self.feed_forward = FeedForward(dim, width, model.activation, mixed_activations=model.mixed_activations)
         self.output_norm = build_norm(model.norm, dim, model.norm_epsilon)
 
     def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:

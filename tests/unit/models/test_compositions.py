@@ -20,6 +20,7 @@ from ava_exp.config.compose import compose
 from ava_exp.config.folders import option_names
 from ava_exp.config.model import Activation, ModelConfig, Norm
 from ava_exp.config.run import RunConfig
+from ava_exp.models.arithmetic import count_parameters
 from ava_exp.models.decoder import Decoder, build_model
 from tests.unit.nn.routing_cases import NO_CAPACITY, teach
 
@@ -107,6 +108,12 @@ def chunks(number: int, stop: int) -> list[tuple[int, int]]:
     generator = random.Random(number)
     cuts = sorted(generator.sample(range(1, stop), generator.randint(0, stop - 1)))
     return list(zip([0, *cuts], [*cuts, stop], strict=True))
+
+
+def test_parameters_are_counted_in_closed_form() -> None:
+    for drawn in DRAWS:
+        built = sum(parameter.numel() for parameter in build(drawn).parameters())
+        assert count_parameters(architecture_of(drawn)).total == built, drawn
 
 
 DRAWS = [draw(number) for number in range(NUM_COMPOSITIONS)]
