@@ -309,7 +309,7 @@ class Pretraining:
         data: PreparedData,
         state: TrainState,
         model: Decoder,
-        peak_bytes: int | None,
+        peak_bytes: int,
     ) -> None:
         records = read_metrics(self.folder.metrics)
         evaluations, steps = of_kind(records, "eval"), of_kind(records, "train")
