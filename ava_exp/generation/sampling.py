@@ -104,8 +104,11 @@ def sample_tokens(
 ) -> Iterator[int]:
     """Yield new token ids until `stop_id`, `max_new_tokens` or the model's last position. Temperature 0 is greedy.
 
+    `stream` with other words: nothing is filtered by default, and 0 tokens may be asked for.
     Raises UserError for an empty or too long prompt.
     """
+    if max_new_tokens == 0:
+        return iter(())
     settings = GenerationSettings(
         max_new_tokens=max_new_tokens,
         temperature=temperature,

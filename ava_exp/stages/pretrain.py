@@ -153,12 +153,13 @@ class Pretraining:
             outcome = self._train(runtime, data, surgeon, updater, state, total_steps)
             finished = outcome is Outcome.finished
             status = RunStatus.finished if finished else RunStatus.stopped
+            peak_bytes = peak_memory_bytes(runtime.device)  # of training: what follows copies weights
             if finished:
                 measured = assembly.inference_copy(self.config, runtime, model, updater)
                 self._write_samples(measured, data)
                 if self.measure is not None:
                     self.measure(measured, runtime, data, state.step)
-            self._write_summary(status, runtime, data, state, model)
+            self._write_summary(status, runtime, data, state, model, peak_bytes)
             _write_status(self.folder, status, state.step, total_steps)
             report = write_report(self.folder)
         except BaseException:
@@ -351,7 +352,13 @@ class Pretraining:
         self.folder.samples.write_text(prompt + data.tokenizer.decode(list(ids)), encoding="utf-8")
 
     def _write_summary(
-        self, status: RunStatus, runtime: Runtime, data: PreparedData, state: TrainState, model: Decoder
+        self,
+        status: RunStatus,
+        runtime: Runtime,
+        data: PreparedData,
+        state: TrainState,
+        model: Decoder,
+        peak_bytes: int,
     ) -> None:
         records = read_metrics(self.folder.metrics)
         evaluations, steps = of_kind(records, "eval"), of_kind(records, "train")
@@ -371,7 +378,7 @@ class Pretraining:
                 "mfu": statistics.median(r["mfu"] for r in steps) if steps and steps[-1]["mfu"] else None,
                 "memory": {
                     "predicted_bytes": assembly.predict_memory(self.config, runtime).total,
-                    "peak_bytes": peak_memory_bytes(runtime.device),
+                    "peak_bytes": peak_bytes,
                 },
                 "data": {
                     "train_documents": statistics_of.train.num_documents,

@@ -199,7 +199,12 @@ class KeyValueCache:
 
     def truncate(self, lengths: int | Tensor) -> None:
         """Forget everything from position `lengths` on; (B,) where sequences differ."""
-        self.lengths = lengths
+        if isinstance(lengths, int) and isinstance(self.lengths, int):
+            self.lengths = min(self.lengths, lengths)
+        else:
+            device = (lengths if isinstance(lengths, Tensor) else self.lengths).device  # type: ignore[union-attr]
+            read, kept = (torch.as_tensor(value, device=device) for value in (self.lengths, lengths))
+            self.lengths = torch.minimum(read, kept)
         for layer in self.layers:
             layer.truncate(lengths)
 

@@ -201,3 +201,16 @@ def test_settings_that_mean_nothing_are_refused(changes: dict[str, float], sente
 def test_prompts_that_cannot_be_continued_are_refused(prompt: list[int], beams: int) -> None:
     with pytest.raises(UserError, match="`prompt` must be"):
         generate(model(), [[1], prompt], GenerationSettings(temperature=0, num_beams=beams))
+
+
+def test_losses_of_routers_are_left_out_while_generating_and_only_then() -> None:
+    decoder, ids = model(SPARSITIES["topk"]), torch.tensor([[1, 2, 3]])
+    seen = []
+    decoder.register_forward_hook(lambda _, __, output: seen.extend(output.routings))
+    generate(decoder, PROMPTS, SETTINGS["greedy"])
+    assert seen and not any(routing.losses for routing in seen)
+    for mode in (torch.no_grad(), torch.enable_grad()):
+        with mode:
+            assert all("router_z_loss" in routing.losses for routing in decoder.eval()(ids).routings)
+    with torch.inference_mode():
+        assert all("router_z_loss" in routing.losses for routing in decoder.train()(ids).routings)

@@ -70,3 +70,7 @@ def test_it_stops_at_the_stop_token_and_at_the_last_position() -> None:
 def test_prompts_that_cannot_be_continued_are_refused(prompt: list[int]) -> None:
     with pytest.raises(UserError, match="between 1 and 23 tokens"):
         list(sample_tokens(model(), prompt, max_new_tokens=1))
+
+
+def test_no_tokens_may_be_asked_for() -> None:
+    assert list(sample_tokens(model(), [1], max_new_tokens=0)) == []

@@ -153,6 +153,23 @@ def test_truncating_a_shared_length_by_rows_makes_it_ragged() -> None:
 
 
 @pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("lengths", [6, 100, torch.tensor([6, 6]), torch.tensor([100, 3])], ids=str)
+def test_truncating_never_adds(ragged: bool, lengths: int | Tensor) -> None:
+    decoder, whole = model(), texts([8, 5] if ragged else [8, 8])
+    cache = decoder.new_cache(2, 96)
+    if ragged:
+        read(decoder, cache, whole)
+    else:
+        with torch.no_grad():
+            decoder(torch.stack(whole), cache)
+    cache.truncate(lengths)
+    before = torch.tensor([len(text) for text in whole])
+    expected = torch.minimum(before, torch.as_tensor(lengths)).tolist()
+    assert torch.as_tensor(cache.lengths).expand(2).tolist() == expected
+    assert all(torch.as_tensor(layer.lengths).expand(2).tolist() == expected for layer in cache.layers)
+
+
+@pytest.mark.parametrize("ragged", [False, True])
 def test_selected_sequences_go_on_in_their_new_places(ragged: bool) -> None:
     decoder = model()
     whole = texts(LENGTHS if ragged else [6, 6, 6, 6])
