@@ -49,7 +49,7 @@ def evaluate_language(
     nats, correct, tokens, num_bytes = 0.0, 0, 0, 0
     for batch in batches:
         labels = batch.labels.to(device).flatten()
-        output = model(batch.input_ids.to(device), documents_BT=batch.documents_on(device))
+        output = model(batch.input_ids.to(device), **batch.masks_on(device))
         if observer is not None:
             observer.add(batch, output.routings)
         batch_nats, batch_correct = score_labels(output.hidden.flatten(0, 1), output.head, labels)

@@ -49,7 +49,7 @@ def train_step(
     weights = torch.tensor([term.weight_at(progress) for term in terms], device=device)
     tally, head_counts = ExpertTally(), list[Tensor]()
     for batch in micro_batches:
-        output = model(batch.input_ids.to(device, non_blocking=True), documents_BT=batch.documents_on(device))
+        output = model(batch.input_ids.to(device, non_blocking=True), **batch.masks_on(device))
         labels = batch.labels.to(device, non_blocking=True)
         tally.add(output.routings)
         head_counts = _added(head_counts, [routing.counts for routing in output.head_routings])
