@@ -131,6 +131,7 @@ def test_whenever_a_save_is_asked_for_training_goes_on() -> None:
 
 def test_a_record_has_the_share_of_choices_that_every_routed_head_got() -> None:
     loop = Loop(SignalRequests())
+    loop.state.step = 1
     metrics, seconds = loop._step([])
     batches = loop.loader.micro_batches(0)
     assert "head_load" not in loop._train_record(metrics, seconds, batches)
