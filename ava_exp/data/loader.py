@@ -38,9 +38,9 @@ class Batch:
     documents: Tensor | None = None
     """Shape (B, T), int64: documents of a sequence, numbered from 0; None where tokens see all that comes before."""
 
-    def documents_on(self, device: torch.device) -> Tensor | None:
-        """Return the documents on a device, for a decoder's `documents_BT`."""
-        return None if self.documents is None else self.documents.to(device, non_blocking=True)
+    def masks_on(self, device: torch.device) -> dict[str, Tensor]:
+        """Return the keywords by which a decoder is told what tokens do not see: `documents_BT`, or none."""
+        return {} if self.documents is None else {"documents_BT": self.documents.to(device, non_blocking=True)}
 
 
 def number_documents(input_ids_BT: Tensor, end_of_document_id: int) -> Tensor:

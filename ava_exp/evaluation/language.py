@@ -69,7 +69,7 @@ def evaluate_language(
     future = FutureTally()
     for batch in batches:
         labels = batch.labels.to(device).flatten()
-        output = model(batch.input_ids.to(device), documents_BT=batch.documents_on(device))
+        output = model(batch.input_ids.to(device), **batch.masks_on(device))
         if observer is not None:
             observer.add(batch, output.routings)
         hits_N = torch.empty_like(labels, dtype=torch.bool)

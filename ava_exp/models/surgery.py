@@ -384,7 +384,7 @@ def measure(model: Decoder, batches: Sequence[Batch], device: torch.device) -> t
     loss = torch.zeros((), dtype=torch.float64, device=device)
     counts = [torch.zeros(layer.router.num_experts, dtype=torch.int64, device=device) for layer in model.moe_layers()]
     for batch in batches:
-        output = model(batch.input_ids.to(device), documents_BT=batch.documents_on(device))
+        output = model(batch.input_ids.to(device), **batch.masks_on(device))
         loss += term(output, batch.labels.to(device), context)
         for visits_E, routing in zip(counts, output.routings, strict=True):
             visits_E.add_(routing.counts)

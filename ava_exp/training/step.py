@@ -51,7 +51,7 @@ def train_step(
     tally, head_counts = ExpertTally(), list[Tensor]()
     for batch in micro_batches:
         input_ids = batch.input_ids.to(device, non_blocking=True)
-        output = model(input_ids, documents_BT=batch.documents_on(device))
+        output = model(input_ids, **batch.masks_on(device))
         labels = batch.labels.to(device, non_blocking=True)
         tally.add(output.routings)
         head_counts = _added(head_counts, [routing.counts for routing in output.head_routings])

@@ -41,11 +41,12 @@ def _observed(probabilities_BTR: Tensor, chosen_BTR: Tensor, counts_B: Tensor | 
 class MixtureOfHeads(GroupedAttention):
     """Grouped attention in which a token uses `num_shared_heads` heads and `heads_per_token` of the others.
 
-    The first heads are the shared ones. Their weights are a softmax over them, those of the chosen heads their router
-    probabilities, renormalised over the chosen; two further weights, a softmax of their own, balance the two kinds
-    [jin2024moh]. All three are multiplied by the number that they sum over, so that equal weights are 1 and with
-    all heads chosen give multi-head attention. Heads share keys and values in groups as in grouped attention, and a
-    head reads those of all tokens, whether or not they chose it.
+    The first heads are the shared ones. Their weights are a softmax over them, those of the chosen heads what a softmax
+    over all routed heads gives them; two further weights, a softmax of their own, balance the two kinds [jin2024moh].
+    Each of the three is multiplied by the number that it is over, unlike in the paper, so that equal weights are 1 and
+    with all heads chosen give multi-head attention. Weights are not renormalised over the chosen heads: with one a
+    token, its weight would always be 1, and the choice would not be learned. Heads share keys and values in groups as
+    in grouped attention, and a head reads those of all tokens, whether or not they chose it.
     """
 
     def __init__(
@@ -100,10 +101,8 @@ class MixtureOfHeads(GroupedAttention):
         shared, routed, kinds = torch.split(logits, sizes, dim=-1)
         probabilities = routed.softmax(dim=-1)
         ids = probabilities.detach().topk(self.heads_per_token, dim=-1).indices
-        of_chosen = probabilities.gather(-1, ids)
-        of_chosen = self.heads_per_token * (of_chosen / of_chosen.sum(dim=-1, keepdim=True))
-        weights = torch.zeros_like(probabilities).scatter(-1, ids, of_chosen)
         chosen = torch.zeros_like(probabilities, dtype=torch.bool).scatter(-1, ids, True)
+        weights = self.num_routed_heads * probabilities.where(chosen, 0)
         if self.num_shared_heads:
             balance = 2 * kinds.softmax(dim=-1)
             of_shared = self.num_shared_heads * shared.softmax(dim=-1)

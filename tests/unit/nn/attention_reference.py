@@ -116,11 +116,10 @@ def head_weights(layer: MixtureOfHeads, x: Tensor) -> Tensor:
     logits = F.linear(x, layer.head_router.weight)
     probabilities = logits[shared:HEADS].softmax(dim=0)
     chosen = sorted(range(HEADS - shared), key=lambda head: -probabilities[head].item())[: layer.heads_per_token]
-    total = sum(probabilities[head] for head in chosen)
     weights = [x.new_zeros(())] * HEADS
     balance = 2 * logits[HEADS:].softmax(dim=0) if shared else None
     for head in chosen:
-        weight = layer.heads_per_token * probabilities[head] / total
+        weight = (HEADS - shared) * probabilities[head]
         weights[shared + head] = weight if balance is None else weight * balance[1]
     for head in range(shared):
         assert balance is not None

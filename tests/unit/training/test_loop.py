@@ -13,6 +13,7 @@ import torch
 from ava_exp.config.training import ConstantConfig
 from ava_exp.data.loader import Batch
 from ava_exp.evaluation.language import LanguageMetrics
+from ava_exp.tracking.metrics import metric_values
 from ava_exp.training.loop import Outcome, Trainer
 from ava_exp.training.signals import SignalRequests
 from ava_exp.training.state import TrainState
@@ -126,3 +127,15 @@ def test_whenever_a_save_is_asked_for_training_goes_on() -> None:
         assert outcome is Outcome.finished, line
         assert set(loop.saved) >= {2, 4} and len(set(loop.saved)) == len(loop.saved), line
         assert loop.records == expected, line
+
+
+def test_a_record_has_the_share_of_choices_that_every_routed_head_got() -> None:
+    loop = Loop(SignalRequests())
+    loop.state.step = 1
+    metrics, seconds = loop._step([])
+    batches = loop.loader.micro_batches(0)
+    assert "head_load" not in loop._train_record(metrics, seconds, batches)
+    metrics.head_counts = [torch.tensor([1, 3]), torch.tensor([4, 4])]
+    record = loop._train_record(metrics, seconds, batches)
+    assert record["head_load"] == [[0.25, 0.75], [0.5, 0.5]]
+    assert "train/head_load" not in metric_values(record), "lists are no metrics of a tracker"
