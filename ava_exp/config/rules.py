@@ -12,6 +12,7 @@ from typing import Any
 from ava_exp.config.data import BPEConfig
 from ava_exp.config.faults import Fault, Rule, Severity, error
 from ava_exp.config.machine import Precision
+from ava_exp.config.mod import DepthConfig, num_chosen
 from ava_exp.config.model import MoEConfig
 from ava_exp.config.router import (
     DeepSeekRouterConfig,
@@ -30,6 +31,8 @@ SPECIAL_TOKENS = 8
 """Tokens that a trained tokenizer reserves for documents and roles."""
 MIN_VOCABULARY = 256 + SPECIAL_TOKENS
 CHINCHILLA_RANGE = (5, 50)
+FEWEST_VISITS = 8
+"""Visits of an expert in a micro-batch, on average, below which a run is warned of."""
 NAME_PATTERN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 """A run's name is the name of its folder."""
 NAME_EXPECTED = "letters, digits, `.`, `_` and `-`, not starting with `.`"
@@ -90,6 +93,8 @@ BOUNDS = (
             "evaluation.interval_steps",
             "evaluation.max_tokens",
             "checkpoint.save_every_n_batches",
+            "mod.router_hidden_size",
+            "mod.predictor_hidden_size",
             "stage.max_new_tokens",
             "stage.max_tokens",
         ),
@@ -105,6 +110,7 @@ BOUNDS = (
             "sparsity.router.routing_temperature",
             "sparsity.router.routed_scaling_factor",
             "sparsity.router.average_experts",
+            "mod.predictor_weight",
             "model.learning_rate",
             "optimizer.learning_rate",
             "optimizer.epsilon",
@@ -141,6 +147,8 @@ BOUNDS = (
             "sparsity.router.sequence_balance_weight",
             "sparsity.router.routing_entropy_weight",
             "sparsity.router.bias_update_rate",
+            "mod.start_layer",
+            "mod.end_layer",
             "optimizer.weight_decay",
             "schedule.warmup_steps",
             "schedule.warmup_tokens",
@@ -168,12 +176,22 @@ BOUNDS = (
             "schedule.warmup_ratio",
         ),
     ),
-    Bound("between 0 and 1", lambda value: 0 <= value <= 1, ("schedule.min_lr_ratio", "schedule.decay_ratio")),
+    Bound(
+        "between 0 and 1",
+        lambda value: 0 <= value <= 1,
+        ("schedule.min_lr_ratio", "schedule.decay_ratio", "mod.annealing_ratio"),
+    ),
     Bound("above 0 and below 1", lambda value: 0 < value < 1, ("data.validation_fraction",)),
     Bound(
         "above 0 and at most 1",
         lambda value: 0 < value <= 1,
-        ("stage.top_p", "stage.assumed_mfu", "sparsity.router.threshold"),
+        (
+            "stage.top_p",
+            "stage.assumed_mfu",
+            "sparsity.router.threshold",
+            "mod.capacity_factor",
+            "mod.capacity_start",
+        ),
     ),
     Bound("above 1", lambda value: value > 1, ("precision.scale_factor",)),
 )
@@ -287,6 +305,41 @@ def _dense_layers_leave_some(config: RunConfig) -> Iterator[Fault]:
         yield error("sparsity.first_k_dense", expected, sparsity.first_k_dense, "Or take `sparsity=dense`.")
 
 
+def _skipped_layers_exist(config: RunConfig) -> Iterator[Fault]:
+    mod, num_layers = config.mod, config.model.num_layers
+    if not isinstance(mod, DepthConfig) or num_layers < 1:
+        return
+    if mod.start_layer >= num_layers:
+        yield error("mod.start_layer", f"below `model.num_layers` ({num_layers})", mod.start_layer)
+    elif mod.end_layer is not None and not mod.start_layer <= mod.end_layer < num_layers:
+        expected = f"`mod.start_layer` ({mod.start_layer}) to {num_layers - 1}, the last layer"
+        yield error("mod.end_layer", expected, mod.end_layer)
+    elif not mod.skippable_layers(num_layers):
+        expected = "`all` or `later` for a range of one layer"
+        yield error("mod.layers", expected, mod.layers.value, "Or widen it.")
+
+
+def _processed_tokens_suffice(config: RunConfig) -> Iterator[Fault]:
+    mod, sparsity, length = config.mod, config.sparsity, config.data.sequence_length
+    if not isinstance(mod, DepthConfig) or length < 1:
+        return
+    for name in ("capacity_factor", "capacity_start"):
+        if 0 < (value := getattr(mod, name)) < 1 / length:
+            yield error(f"mod.{name}", f"at least 1 / `data.sequence_length` ({length}), one token", value)
+    batch_size = config.training.batch_size or config.hardware.batch_size
+    if not isinstance(sparsity, MoEConfig) or sparsity.num_experts < 1 or batch_size is None:
+        return
+    processed = batch_size * num_chosen(mod.capacity_factor, length)
+    visits = processed * sparsity.router.experts_per_token(sparsity.num_experts) / sparsity.num_experts
+    if visits < FEWEST_VISITS:
+        message = (
+            f"Of a micro-batch, layers process {processed} tokens, which leaves an expert {visits:.2g}: "
+            f"with fewer than {FEWEST_VISITS} it hardly learns, and its balance is chance."
+        )
+        mend = "Raise `mod.capacity_factor` or `training.batch_size`, or take fewer experts."
+        yield Fault(Severity.warning, "mod.capacity_factor", message, mend)
+
+
 def _sequence_fits_positions(config: RunConfig) -> Iterator[Fault]:
     limit = config.model.max_position_embeddings
     if config.data.sequence_length > limit:
@@ -361,6 +414,8 @@ RULES: tuple[Rule, ...] = (
     _router_fits_the_experts,
     _capacity_has_a_meaning,
     _dense_layers_leave_some,
+    _skipped_layers_exist,
+    _processed_tokens_suffice,
     _sequence_fits_positions,
     _vocabulary_holds_the_tokens,
     _betas_are_two_ratios,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -10,12 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ava_exp.config.architecture import Architecture
+from ava_exp.config.mod import DepthConfig, DepthPart
 from ava_exp.config.model import DenseConfig, ModelConfig, MoEConfig, Overflow, SparsityConfig
 from ava_exp.config.training import Recompute
 from ava_exp.errors import ConfigError
 from ava_exp.nn.attention.cache import AttentionContext, KeyValueCache
 from ava_exp.nn.ffn import FeedForward
 from ava_exp.nn.init import initialize
+from ava_exp.nn.mod.depth import Depth, DepthRouter, positions_of
+from ava_exp.nn.mod.learned import LearnedDepth
 from ava_exp.nn.moe.experts import Experts
 from ava_exp.nn.moe.layer import CapacityLimit, MoELayer
 from ava_exp.nn.moe.routing import Routing
@@ -24,9 +28,15 @@ from ava_exp.nn.output import ModelOutput
 from ava_exp.nn.recompute import offload, run_recomputed
 from ava_exp.nn.rope import rope_tables
 
+BlockOutput = tuple[Tensor, Routing | None, Depth | None]
+
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed-forward(norm(x))."""
+    """x + attention(norm(x)), then x + feed-forward(norm(x)).
+
+    With a Mixture of Depths some tokens take part in neither, or not in the second, and stay what they are
+    [raposo2024mod] §3.
+    """
 
     def __init__(self, architecture: Architecture, layer: int) -> None:
         super().__init__()
@@ -44,16 +54,57 @@ class Block(nn.Module):
         self.feed_forward_norm = build_norm(model.norm, model.hidden_size, model.norm_epsilon)
         self.feed_forward = build_feed_forward(model, sparsity, layer)
         self.dropout = model.dropout
+        self.mod = _build_mod(architecture, layer)
+        self.skips_attention = isinstance(architecture.mod, DepthConfig) and architecture.mod.part is DepthPart.block
 
-    def forward(self, x_BTD: Tensor, context: AttentionContext) -> tuple[Tensor, Routing | None]:
-        """Map (B, T, D) to (B, T, D); the routing is None where the feed-forward network is dense."""
-        x_BTD = x_BTD + self._drop(self.attention(self.attention_norm(x_BTD), context))
-        y = self.feed_forward(self.feed_forward_norm(x_BTD))
-        y_BTD, routing = y if isinstance(y, tuple) else (y, None)
-        return x_BTD + self._drop(y_BTD), routing
+    def forward(self, x_BTD: Tensor, context: AttentionContext) -> BlockOutput:
+        """Map (B, T, D) to (B, T, D); the routing is None where the feed-forward network is dense, the depth where no
+        token may skip."""
+        if self.mod is None:
+            x_BTD, routing = self._feed(self._attend(x_BTD, context))
+            return x_BTD, routing, None
+        if not self.skips_attention:
+            x_BTD = self._attend(x_BTD, context)
+        decision = self.mod(x_BTD, context)
+        selection, depth = decision.selection, decision.depth(attends=self.skips_attention)
+        if depth.num_processed == 0:
+            return x_BTD, self._routing_of_nobody(x_BTD.device), depth
+        before = after = selection.take(x_BTD)
+        if self.skips_attention:
+            batch, length, _ = x_BTD.shape
+            positions_BT = positions_of(context, batch, length, x_BTD.device)
+            after = self._attend(before, selection.context(context, positions_BT))
+        # Padding is left out from here on: it would visit experts.
+        after, routing = self._feed(selection.compact(after))
+        if routing is not None and not selection.is_everything:
+            routing.token_ids = selection.token_ids
+        processed = self.mod.blend(selection.compact(before), after)
+        return selection.put(x_BTD, processed), routing, depth
+
+    def _attend(self, x: Tensor, context: AttentionContext) -> Tensor:
+        return x + self._drop(self.attention(self.attention_norm(x), context))
+
+    def _feed(self, x: Tensor) -> tuple[Tensor, Routing | None]:
+        y = self.feed_forward(self.feed_forward_norm(x))
+        y, routing = y if isinstance(y, tuple) else (y, None)
+        return x + self._drop(y), routing
+
+    def _routing_of_nobody(self, device: torch.device) -> Routing | None:
+        if not isinstance(self.feed_forward, MoELayer):
+            return None
+        return Routing.of_nobody(self.feed_forward.router.num_experts, device)
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout > 0 else x
+
+
+def _build_mod(architecture: Architecture, layer: int) -> DepthRouter | None:
+    mod, model = architecture.mod, architecture.model
+    layers = mod.skippable_layers(model.num_layers)
+    if not isinstance(mod, DepthConfig) or layer not in layers:
+        return None
+    router: DepthRouter = mod.build(dim=model.hidden_size, place=layers.index(layer))
+    return router
 
 
 def build_feed_forward(model: ModelConfig, sparsity: SparsityConfig, layer: int) -> nn.Module:
@@ -108,11 +159,12 @@ class Decoder(nn.Module):
     sin: Tensor
     recompute: Recompute = Recompute.none
     offload_activations: bool = False
+    adjusted_mod_capacity: float | None = None
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
         model = architecture.model
-        self.config = model
+        self.config, self.mod_config = model, architecture.mod
         self.embedding = nn.Embedding(model.vocab_size, model.hidden_size)
         self.blocks = nn.ModuleList(Block(architecture, layer) for layer in range(model.num_layers))
         self.final_norm = build_norm(model.norm, model.hidden_size, model.norm_epsilon)
@@ -144,17 +196,19 @@ class Decoder(nn.Module):
         """
         context = self._context(ids_BT, cache, counts_B, documents_BT)
         x_BTD = self.embedding(ids_BT)
-        routings = []
+        routings, depths = [], []
         offloads = self.offload_activations and torch.is_grad_enabled()
         with offload([*self.parameters(), self.cos, self.sin]) if offloads else nullcontext():
             for block in self.blocks:
-                x_BTD, routing = self._run(block, x_BTD, context)
+                x_BTD, routing, depth = self._run(block, x_BTD, context)
                 if routing is not None:
                     routings.append(routing)
+                if depth is not None:
+                    depths.append(depth)
         if cache is not None:
             cache.advance(ids_BT.shape[1] if counts_B is None else counts_B)
         weight = self.embedding.weight if self.head is None else self.head.weight
-        return ModelOutput(self.final_norm(x_BTD), weight, routings)
+        return ModelOutput(self.final_norm(x_BTD), weight, routings, depths)
 
     def _context(
         self, ids_BT: Tensor, cache: KeyValueCache | None, counts_B: Tensor | None, documents_BT: Tensor | None
@@ -181,21 +235,63 @@ class Decoder(nn.Module):
         """Return the layers that are mixtures of experts, in the order of an output's `routings`."""
         return [block.feed_forward for block in self.blocks if isinstance(block.feed_forward, MoELayer)]
 
-    def _run(self, block: nn.Module, x_BTD: Tensor, context: AttentionContext) -> tuple[Tensor, Routing | None]:
+    def mod_layers(self) -> dict[int, DepthRouter]:
+        """Return what decides for the layers that tokens may skip, by layer, in the order of an output's `depths`."""
+        return {layer: block.mod for layer, block in enumerate(self.blocks) if block.mod is not None}  # type: ignore[misc]
+
+    @property
+    def mod_capacity(self) -> float | None:
+        """The share of tokens that layers process, where tokens may skip some: the one in force."""
+        return next((router.capacity for router in self.mod_layers().values()), None)
+
+    @mod_capacity.setter
+    def mod_capacity(self, capacity: float) -> None:
+        for router in self.mod_layers().values():
+            router.capacity = capacity
+
+    def anneal(self, progress: float) -> None:
+        """Set the capacity that the configuration has for this share of the budget, unless it was set for good."""
+        if isinstance(self.mod_config, DepthConfig):
+            adjusted = self.adjusted_mod_capacity
+            self.mod_capacity = self.mod_config.capacity_at(progress) if adjusted is None else adjusted
+
+    def adjust_mod_capacity(self, capacity: float) -> None:
+        """Set the capacity for good: no annealing changes it any more."""
+        self.mod_capacity = self.adjusted_mod_capacity = capacity
+
+    @property
+    def chooses_by_content(self) -> bool:
+        """Whether layers choose tokens otherwise while training than at inference."""
+        return any(isinstance(router, LearnedDepth) for router in self.mod_layers().values())
+
+    @contextmanager
+    def looking_ahead(self) -> Iterator[None]:
+        """Let layers choose the best tokens of whole sequences, as they do while training, at inference, too."""
+        routers = [router for router in self.mod_layers().values() if isinstance(router, LearnedDepth)]
+        for router in routers:
+            router.looks_ahead = True
+        try:
+            yield
+        finally:
+            for router in routers:
+                router.looks_ahead = False
+
+    def _run(self, block: nn.Module, x_BTD: Tensor, context: AttentionContext) -> BlockOutput:
         if self.recompute is Recompute.none or not torch.is_grad_enabled():
             return block(x_BTD, context)  # type: ignore[no-any-return]
         return run_recomputed(block, self.recompute, x_BTD, context)  # type: ignore[no-any-return]
 
     def compile_blocks(self) -> None:
         """Compile the blocks in place; names of weights stay. Experts are left out: how many rows each gets is data,
-        and a grouped product over such sizes cannot be compiled."""
+        and a grouped product over such sizes cannot be compiled. So is the choice of tokens that skip a block."""
         for block in self.blocks:
             assert isinstance(block, Block)
-            if not isinstance(block.feed_forward, MoELayer):
+            if block.mod is None and not isinstance(block.feed_forward, MoELayer):
                 block.compile()
                 continue
-            for part in (block.attention_norm, block.attention, block.feed_forward_norm):
-                part.compile()
+            for part in (block.attention_norm, block.attention, block.feed_forward_norm, block.feed_forward):
+                if not isinstance(part, MoELayer):
+                    part.compile()
 
     def new_cache(self, batch_size: int, capacity: int) -> KeyValueCache:
         """Return an empty cache for at most `capacity` positions of `batch_size` sequences."""

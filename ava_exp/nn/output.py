@@ -7,17 +7,19 @@ from dataclasses import dataclass, field
 import torch.nn.functional as F
 from torch import Tensor
 
+from ava_exp.nn.mod.depth import Depth
 from ava_exp.nn.moe.routing import Routing
 
 
 @dataclass(slots=True)
 class ModelOutput:
     """`hidden` (B, T, D) after the last norm and `head` (V, D), whose product are the logits, in the model's format;
-    `routings` one entry for every mixture-of-experts layer."""
+    `routings` one entry for every mixture-of-experts layer, `depths` one for every layer that tokens may skip."""
 
     hidden: Tensor
     head: Tensor
     routings: list[Routing] = field(default_factory=list)
+    depths: list[Depth] = field(default_factory=list)
 
     @property
     def logits(self) -> Tensor:

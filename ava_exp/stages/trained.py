@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -55,6 +56,7 @@ def open_trained_run(config: RunConfig, run: str | None) -> TrainedRun:
     if trained.precision.inference is not None:
         model = model.to(DTYPES[trained.precision.inference])
     load_weights(saved.snapshot, model.state_dict(keep_vars=True))
+    set_capacity(model, saved.snapshot.state["train"])
     return TrainedRun(
         folder=saved.folder,
         config=trained,
@@ -63,6 +65,12 @@ def open_trained_run(config: RunConfig, run: str | None) -> TrainedRun:
         model=model.eval(),
         step=saved.snapshot.step,
     )
+
+
+def set_capacity(model: Decoder, state: dict[str, Any]) -> None:
+    """Let layers process the share of tokens that they did when the state was saved: annealing may be under way."""
+    if (capacity := state.get("mod_capacity")) is not None:
+        model.mod_capacity = capacity
 
 
 def open_saved_run(config: RunConfig, run: str | None) -> SavedRun:

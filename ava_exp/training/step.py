@@ -12,18 +12,21 @@ from ava_exp.data.loader import IGNORED, Batch
 from ava_exp.losses.terms import LossTerm, StepContext
 from ava_exp.models.decoder import Decoder
 from ava_exp.optim.update import Updater
+from ava_exp.training.depth import DepthTally
 from ava_exp.training.tally import ExpertTally
 
 
 @dataclass(kw_only=True, slots=True)
 class StepMetrics:
-    """What one step did. `losses` are unweighted means over the step; `tally` is what its routers did."""
+    """What one step did. `losses` are unweighted means over the step; `tally` is what its routers did, `depths` what
+    tokens skipped."""
 
     losses: dict[str, float]
     grad_norm: float
     applied: bool
     num_tokens: int
     tally: ExpertTally
+    depths: DepthTally
 
 
 def train_step(
@@ -40,16 +43,19 @@ def train_step(
 ) -> StepMetrics:
     """Accumulate the gradient of the weighted terms over `micro_batches`, apply it once, and let routers adapt.
 
-    `progress` is the share of the budget that is spent, on which the weights of terms may depend.
+    `progress` is the share of the budget that is spent, on which the weights of terms may depend, and the share of
+    tokens that layers process.
     """
+    model.anneal(progress)
     num_tokens = sum(int((batch.labels != IGNORED).sum()) for batch in micro_batches)
     sums = torch.zeros(len(terms), device=device)
     weights = torch.tensor([term.weight_at(progress) for term in terms], device=device)
-    tally = ExpertTally()
+    tally, depths = ExpertTally(), DepthTally()
     for batch in micro_batches:
         output = model(batch.input_ids.to(device, non_blocking=True))
         labels = batch.labels.to(device, non_blocking=True)
         tally.add(output.routings)
+        depths.add(output.depths)
         context = StepContext(
             num_tokens=num_tokens,
             loss_scale=updater.loss_scale.scale,
@@ -63,4 +69,6 @@ def train_step(
     if applied:
         tally.adapt(model)
     losses = {term.name: value for term, value in zip(terms, sums.tolist(), strict=True)}
-    return StepMetrics(losses=losses, grad_norm=norm, applied=applied, num_tokens=num_tokens, tally=tally)
+    return StepMetrics(
+        losses=losses, grad_norm=norm, applied=applied, num_tokens=num_tokens, tally=tally, depths=depths
+    )

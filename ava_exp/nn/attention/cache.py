@@ -80,6 +80,7 @@ class LayerCache:
     ) -> Held:
         device, length = self.keys.device, k_RKTC.shape[2]
         lengths = self.ragged_lengths()
+        everyone = rows is None
         rows = torch.arange(len(lengths), device=device) if rows is None else rows
         starts = lengths[rows]
         stops = starts + (length if counts is None else counts)
@@ -90,7 +91,8 @@ class LayerCache:
         self._keep_positions(rows[:, None], entries_RT, positions)
         self.lengths = lengths.index_copy(0, rows, stops)
         longest = int(stops.max()) if len(rows) else 0
-        return Held(self.keys[rows, :, :longest], self.values[rows, :, :longest], starts)
+        keys, values = self.keys[:, :, :longest], self.values[:, :, :longest]
+        return Held(keys, values, starts) if everyone else Held(keys[rows], values[rows], starts)
 
     def ragged_lengths(self) -> Tensor:
         """Return the number of entries of every sequence, (B,) int64."""
@@ -110,7 +112,8 @@ class LayerCache:
         limits = torch.as_tensor(lengths, device=self.keys.device).expand(self.keys.shape[0])
         entries = torch.arange(self.positions.shape[1], device=self.keys.device)
         kept = (entries < self.ragged_lengths()[:, None]) & (self.positions < limits[:, None])
-        self.lengths = kept.sum(dim=1)
+        numbers = kept.sum(dim=1)
+        self.lengths = int(numbers) if len(numbers) == 1 else numbers
 
     def select(self, rows: Tensor) -> None:
         """Keep the sequences `rows` (R,) int64, in that order; one may occur several times."""
@@ -145,7 +148,8 @@ class LayerCache:
 def _enlarged(buffer: Tensor, dim: int, size: int) -> Tensor:
     shape = list(buffer.shape)
     shape[dim] = size
-    wider = torch.empty(shape, dtype=buffer.dtype, device=buffer.device)
+    # Zeros, since what no sequence has filled yet is weighted with 0 and may not be infinite.
+    wider = torch.zeros(shape, dtype=buffer.dtype, device=buffer.device)
     wider.narrow(dim, 0, buffer.shape[dim]).copy_(buffer)
     return wider
 
