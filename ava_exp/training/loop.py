@@ -175,7 +175,8 @@ class Trainer(ExpertSurgery):
         self.state.tokens += metrics.num_tokens
         self.state.elapsed_s += seconds
         self.tally, self.visits, self.depths = metrics.tally, metrics.tally.visits(), metrics.depths
-        self.state.mod_capacity = self.model.mod_capacity
+        if self.depths.layers:
+            self.state.mod_capacity = self.model.mod_capacity
         if self.flops is not None and self.depths.layers:
             self.compute_savings = 1 - self._flops_of(self.flops, metrics) / (
                 metrics.num_tokens * self.flops.without_skips

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ class StepMetrics:
     applied: bool
     num_tokens: int
     tally: ExpertTally
-    depths: DepthTally
+    depths: DepthTally = field(default_factory=DepthTally)
 
 
 def train_step(

@@ -17,7 +17,7 @@ EPSILON = 1e-6
 class LearnedDepth(DepthRouter):
     """The tokens of a sequence with the largest router logits are processed [raposo2024mod] §3.
 
-    While training these are the ceil(capacity · T) best of a sequence, which depends on later tokens. At inference, and
+    While training these are the ceil(capacity · T) best of a sequence, of equals the first; this depends on later tokens. At inference, and
     so for every figure that does not say otherwise, a token is processed if a predictor says that it would be among
     them: a small network on the same input, trained on that question by binary cross entropy, whose gradient reaches
     nothing else (§3.5).
@@ -59,7 +59,8 @@ class LearnedDepth(DepthRouter):
         number = num_chosen(self.capacity, length)
         if number < length:
             with torch.no_grad():
-                tokens_BM = self.router(x_BTD).topk(number, dim=1, sorted=False).indices.sort(dim=1).values
+                order_BT = self.router(x_BTD).sort(dim=1, descending=True, stable=True).indices
+                tokens_BM = order_BT[:, :number].sort(dim=1).values
                 chosen_BT = torch.zeros(batch, length, dtype=torch.bool, device=x_BTD.device)
                 chosen_BT.scatter_(1, tokens_BM, True)
             selection = select_as_many(tokens_BM, length)
