@@ -14,6 +14,7 @@ from ava_exp.config.training import Recompute
 from ava_exp.losses.terms import StepContext, build_losses
 from ava_exp.models.decoder import Decoder, build_model
 from ava_exp.nn.mod.fixed import RandomDepth, StaticDepth
+from ava_exp.nn.mod.learned import inverse_root_mean_square
 from tests.unit.nn.mod_cases import (
     CASES,
     MODS,
@@ -166,7 +167,8 @@ def test_the_predictor_s_loss_is_the_cross_entropy_of_what_was_chosen() -> None:
     case: Case = ("learned", BLOCK, "dense", ALL)
     model, ids = build(case).train(), some_ids()
     depth, router = model(ids).depths[0], model.mod_layers()[0]
-    p = router.predictor(model.embedding(ids)).sigmoid().flatten()  # type: ignore[operator]
+    x = model.embedding(ids)
+    p = router.predictor(x, inverse_root_mean_square(x)).sigmoid().flatten()  # type: ignore[operator]
     wanted = sum(
         -math.log(q if place in depth.token_ids.tolist() else 1 - q) for place, q in enumerate(p.tolist())
     ) / len(p)
