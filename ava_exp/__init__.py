@@ -18,6 +18,10 @@ _MODULES = {
     "FileTokenizerConfig": "config.data",
     "FilesConfig": "config.data",
     "StdlibConfig": "config.data",
+    "LearnedModConfig": "config.mod",
+    "NoModConfig": "config.mod",
+    "RandomModConfig": "config.mod",
+    "StaticModConfig": "config.mod",
     "Activation": "config.model",
     "DenseConfig": "config.model",
     "GroupedAttentionConfig": "config.attention",
@@ -70,6 +74,10 @@ if TYPE_CHECKING:
     from ava_exp.config.data import FilesConfig as FilesConfig
     from ava_exp.config.data import FileTokenizerConfig as FileTokenizerConfig
     from ava_exp.config.data import StdlibConfig as StdlibConfig
+    from ava_exp.config.mod import LearnedModConfig as LearnedModConfig
+    from ava_exp.config.mod import NoModConfig as NoModConfig
+    from ava_exp.config.mod import RandomModConfig as RandomModConfig
+    from ava_exp.config.mod import StaticModConfig as StaticModConfig
     from ava_exp.config.model import Activation as Activation
     from ava_exp.config.model import DenseConfig as DenseConfig
     from ava_exp.config.model import ModelConfig as ModelConfig

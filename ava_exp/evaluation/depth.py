@@ -44,12 +44,14 @@ def _kind(text: str) -> str:
 class DepthMetrics:
     """What an evaluation saw of the layers that tokens may skip."""
 
+    layers: list[int]
+    """The layers that tokens may skip. The lists below have one number for each of them."""
     capacity: float
-    """The share of tokens that layers are configured to process."""
+    """The share of tokens that they are configured to process."""
     usage: list[float]
-    """By layer that tokens may skip, the share of tokens that it processed."""
+    """The share of tokens that they processed."""
     predictor_accuracy: list[float]
-    """By such layer, how often the predictor says what the choice of training would be; empty where there is none."""
+    """How often the predictor says what the choice of training would be; empty where there is none."""
     skipped_by_kind: dict[str, float]
     """Of the tokens of each kind that the text has, the share of layers that they skipped."""
     skipped_by_frequency: list[float | None]
@@ -59,6 +61,7 @@ class DepthMetrics:
         """Return what the metrics file has of it."""
         record: dict[str, Any] = {
             "mod_capacity": self.capacity,
+            "mod_layers": self.layers,
             "processed_share": self.usage,
             "skipped_by_frequency": self.skipped_by_frequency,
         }
@@ -100,11 +103,12 @@ class DepthObserver:
         self._num_predicted += depths[0].num_tokens
         self._predicted = _added(self._predicted, [int(d.num_predicted) for d in depths if d.num_predicted is not None])
 
-    def metrics(self, capacity: float) -> DepthMetrics | None:
-        """Return the figures; None where no token may skip."""
+    def metrics(self, layers: Sequence[int], capacity: float) -> DepthMetrics | None:
+        """Return the figures, of the layers that tokens may skip; None where there are none."""
         if not self._processed:
             return None
         return DepthMetrics(
+            layers=list(layers),
             capacity=capacity,
             usage=[number / max(1, self._num_tokens) for number in self._processed],
             predictor_accuracy=[number / max(1, self._num_predicted) for number in self._predicted],

@@ -54,11 +54,10 @@ def evaluate_language(
     `observer` is shown the routing of every batch, `depth_observer` what its tokens skip.
     """
     bytes_of = torch.from_numpy(np.ascontiguousarray(token_bytes, dtype=np.int64)).to(device)
-    capacity = getattr(model, "mod_capacity", None) or 1.0
     started, was_training = time.monotonic(), model.training
     model.eval()
     nats, correct, tokens, num_bytes, noncausal_nats = 0.0, 0, 0, 0, None
-    depth_observer = depth_observer or DepthObserver()
+    depth_observer, has_depth = depth_observer or DepthObserver(), False
     for batch in batches:
         labels = batch.labels.to(device).flatten()
         output = model(batch.input_ids.to(device))
@@ -67,6 +66,7 @@ def evaluate_language(
         batch_nats, batch_correct = score_labels(output.hidden.flatten(0, 1), output.head, labels)
         nats, correct = nats + batch_nats.item(), correct + int(batch_correct)
         if output.depths:
+            has_depth = True
             depth_observer.add(batch, output.depths)
             if model.chooses_by_content:
                 noncausal_nats = (noncausal_nats or 0.0) + _look_ahead(model, batch, labels, depth_observer)
@@ -87,7 +87,7 @@ def evaluate_language(
         noncausal_loss=noncausal_loss,
         noncausal_perplexity=None if noncausal_loss is None else _perplexity(noncausal_loss),
         routing=observer.metrics() if observer is not None else None,
-        depth=depth_observer.metrics(capacity),
+        depth=depth_observer.metrics(list(model.mod_layers()), model.mod_capacity or 1.0) if has_depth else None,
     )
 
 

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, PercentFormatter, StrMethodFormatter
 
+from ava_exp.tracking.depth_figures import draw_depth
 from ava_exp.tracking.files import unwritable
 from ava_exp.tracking.folder import RunFolder
 from ava_exp.tracking.plotting import (
@@ -133,5 +134,6 @@ FIGURES: dict[str, tuple[Callable[[History], bool], Callable[[History], Figure]]
     "experts": (lambda history: bool(history.routed), draw_experts),
     "balance": (lambda history: bool(history.routed), draw_balance),
     "specialisation": (lambda history: bool(history.by_source), draw_specialisation),
+    "depth": (lambda history: bool(history.depths), draw_depth),
 }
 """Every figure by file name: whether a run has what it needs, and how it is drawn."""

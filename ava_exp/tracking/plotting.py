@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,8 @@ class History:
     by_source: list[Record]
     """The evaluations that tell it by source of the text."""
     baselines: dict[str, float]
+    depths: list[Record] = field(default_factory=list)
+    """The evaluations that tell what tokens skip."""
 
 
 def read_history(folder: RunFolder) -> History:
@@ -62,6 +64,7 @@ def read_history(folder: RunFolder) -> History:
         evaluations=evaluations,
         routed=[record for record in train if record.get("expert_load")],
         by_source=[record for record in evaluations if record.get("source_load")],
+        depths=[record for record in evaluations if record.get("mod_layers")],
         baselines=folder.read_json("summary.json", {}).get("baselines") or {},
     )
 

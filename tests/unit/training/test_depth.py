@@ -218,7 +218,7 @@ def test_an_evaluation_tells_both_losses_and_what_tokens_skip() -> None:
     assert found.noncausal_loss == pytest.approx(losses[1] / tokens, rel=1e-5)
     assert found.loss != found.noncausal_loss
     depth = found.depth
-    assert depth is not None and depth.capacity == 0.5
+    assert depth is not None and depth.capacity == 0.5 and depth.layers == [1, 3]
     assert depth.usage == [number / tokens for number in processed]
     assert depth.predictor_accuracy == [number / tokens for number in hits]
     for number, name in enumerate(KINDS):
@@ -238,7 +238,7 @@ def test_frequencies_are_fifths_of_the_text() -> None:
     observer._processed_by_token = np.array([1, 0, 1, 1, 12])
     observer._processed = [15]
     observer._num_tokens = 20
-    metrics = observer.metrics(0.5)
+    metrics = observer.metrics([0], 0.5)
     assert metrics is not None
     assert metrics.skipped_by_frequency == [0.5, 0.75, None, 0.0, None]
 
