@@ -8,8 +8,8 @@ machine does strikes all of them; times are medians, and the ratio is (1 - time 
 (1 - FLOPs / FLOPs without). FLOPs are those of what was really processed: of attention's scores the pairs, of predictor
 and router all. The vocabulary is small, which keeps the models to their blocks.
 
-Two ratios cannot reach 1: with `feed_forward` attention stays, which takes more time for a FLOP than the network that is
-skipped; and where a batch is written token by token, the weights of a layer are read if any of its sequences needs them.
+Two ratios cannot reach 1: with `feed_forward` attention stays, which takes more time for a FLOP than the network that
+is skipped; and where a batch is written token by token, the weights of a layer are read if any sequence needs them.
 """
 
 from __future__ import annotations
@@ -83,8 +83,7 @@ def calibrate(model: Decoder, ids: Tensor) -> None:
         hook.remove()
         threshold = seen[0].float().flatten().quantile(1 - router.capacity)
         assert router.predictor.score.bias is not None, layer
-        with torch.no_grad():
-            router.predictor.score.bias -= threshold.to(router.predictor.score.bias.dtype)
+        router.predictor.score.bias.data.sub_(threshold)
 
 
 def flops_of(case: Case, outputs: list[ModelOutput], num_tokens: int, num_pairs_whole: int) -> float:
@@ -112,7 +111,7 @@ def training_step(case: Case, ids: Tensor) -> tuple[float, float]:
     terms = build_losses(case.architecture.sparsity, mod=case.architecture.mod)
     started = time.perf_counter()
     output = model(ids)
-    torch.stack([term(output, labels, context) for term in terms]).sum().backward()
+    torch.autograd.backward(torch.stack([term(output, labels, context) for term in terms]).sum())
     seconds = time.perf_counter() - started
     model.zero_grad(set_to_none=True)
     flops = training_flops(case.architecture, ids.shape[1])

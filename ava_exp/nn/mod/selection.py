@@ -54,8 +54,10 @@ class Selection:
         if self.places is None:
             x_RMD: Tensor = _Take.apply(x_BTD, self.token_ids, self.tokens.shape)  # type: ignore[no-untyped-call]
             return x_RMD
-        rows = torch.arange(x_BTD.shape[0], device=x_BTD.device) if self.rows is None else self.rows
-        return x_BTD[rows[:, None], self.tokens]
+        batch, length, _ = x_BTD.shape
+        rows = torch.arange(batch, device=x_BTD.device) if self.rows is None else self.rows
+        places = (rows[:, None] * length + self.tokens).flatten()
+        return x_BTD.flatten(0, 1).index_select(0, places).view(*self.tokens.shape, -1)
 
     def compact(self, x_RMD: Tensor) -> Tensor:
         """Return the N tokens without padding: (R, M, D) as it is, or (1, N, D) where sequences differ."""
