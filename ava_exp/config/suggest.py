@@ -19,7 +19,7 @@ from omegaconf.errors import (
 from yaml import MarkedYAMLError
 
 from ava_exp.config.run import RunConfig
-from ava_exp.config.schema import all_keys, annotations_at, field_types, in_words, options_with
+from ava_exp.config.schema import all_keys, annotations_at, field_types, in_words, keys_beside, options_with
 from ava_exp.errors import did_you_mean, must_be, nearest
 
 
@@ -96,6 +96,8 @@ def _unknown_key(key: str, error: OmegaConfBaseException, groups: Iterable[str])
         return f"`{key}` does not exist: {_like_top_level(key, groups)}"
     chosen = error.object_type
     siblings = [f"{parent}.{field}" for field in field_types(chosen)] if dataclasses.is_dataclass(chosen) else []
+    if siblings:  # those of other options last: a letter too many there is still nearer than any key of this one
+        siblings += [other for other in keys_beside(key) if other not in siblings]
     return f"`{key}` does not exist: " + (suggest_key(key, siblings) if siblings else f"`{parent}` has no keys here.")
 
 

@@ -90,6 +90,8 @@ class Trainer(ExpertSurgery):
         """Train until the budget is spent, or until a signal asks to stop; then the state has been saved."""
         requests = requests or SignalRequests()
         self.model.train()
+        if self.state.mod_capacity is not None:
+            self.model.mod_capacity = self.state.mod_capacity  # what an evaluation that is made up for goes by
         made_up = self._make_up_for_evaluation()
         saved_step = None if made_up else self.state.step
         while self.state.step < self.total_steps and requests.stop is None:

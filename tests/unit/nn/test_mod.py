@@ -237,3 +237,16 @@ def test_adding_it_leaves_every_other_weight_as_it_was() -> None:
         f"blocks.{n}.mod." for n in range(4)
     }
     assert all(torch.equal(own[name], weight) for name, weight in plain.items())
+
+
+@pytest.mark.parametrize("part", list(DepthPart))
+def test_documents_of_a_text_stay_apart(part: DepthPart) -> None:
+    case: Case = ("static", part, "dense", ALL)
+    model, ids = build(case).train(), some_ids(2, 16)
+    documents = (torch.arange(16) >= 7).long().expand(2, -1)
+    other = ids.clone()
+    other[:, :7] = other[:, :7].flip(1)
+    one, two = (model(text, documents_BT=documents).logits for text in (ids, other))
+    assert torch.equal(one[:, 7:], two[:, 7:]) and not torch.equal(one[:, :7], two[:, :7])
+    together = (model(text).logits for text in (ids, other))
+    assert not torch.equal(*(logits[:, 7:] for logits in together))

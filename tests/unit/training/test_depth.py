@@ -185,6 +185,21 @@ def test_a_resumed_training_is_the_same_training(mod: ModConfig, adjusted: bool)
         assert torch.equal(weight, second.model.get_parameter(name)), name
 
 
+def test_an_evaluation_that_is_made_up_for_goes_by_the_capacity_of_its_step() -> None:
+    """A signal had cut it short; the capacity has fallen only part of the way."""
+    seen: list[float | None] = []
+
+    def evaluate(trainer: Trainer) -> LanguageMetrics:
+        seen.append(trainer.model.mod_capacity)
+        return evaluated(trainer.model)
+
+    trainer, _ = trainer_of(StaticModConfig(capacity_factor=0.25, annealing_ratio=0.5), evaluation_interval=2)
+    trainer.evaluate = lambda final: evaluate(trainer)
+    trainer.state = TrainState(step=2, mod_capacity=0.75)
+    trainer.fit()
+    assert seen == pytest.approx([0.75, 0.25, 0.25])
+
+
 def evaluated(model: Decoder, observer: RoutingObserver | None = None) -> LanguageMetrics:
     kinds = np.arange(50) % len(KINDS)
     return evaluate_language(
