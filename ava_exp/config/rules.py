@@ -399,6 +399,12 @@ def _only_bf16_rounds_stochastically(config: RunConfig) -> Iterator[Fault]:
         yield error("precision.stochastic_rounding", expected, True, "The others round nothing that has no master.")
 
 
+def _compiled_blocks_are_not_skipped(config: RunConfig) -> Iterator[Fault]:
+    if config.training.compile and isinstance(config.mod, DepthConfig):
+        expected = "false with a Mixture of Depths"
+        yield error("training.compile", expected, True, "How many tokens a layer gets is data, and cannot be compiled.")
+
+
 def _compiled_blocks_are_recomputed_whole(config: RunConfig) -> Iterator[Fault]:
     training = config.training
     if training.compile and training.recompute is Recompute.selective:
@@ -423,5 +429,6 @@ RULES: tuple[Rule, ...] = (
     _schedule_fits,
     _budget_is_usual,
     _only_bf16_rounds_stochastically,
+    _compiled_blocks_are_not_skipped,
     _compiled_blocks_are_recomputed_whole,
 )

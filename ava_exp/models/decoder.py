@@ -283,15 +283,15 @@ class Decoder(nn.Module):
 
     def compile_blocks(self) -> None:
         """Compile the blocks in place; names of weights stay. Experts are left out: how many rows each gets is data,
-        and a grouped product over such sizes cannot be compiled. So is the choice of tokens that skip a block."""
+        and a grouped product over such sizes cannot be compiled. No token may skip a layer, for the same reason."""
+        assert not self.mod_layers(), "a rule of the configuration refuses it"
         for block in self.blocks:
             assert isinstance(block, Block)
-            if block.mod is None and not isinstance(block.feed_forward, MoELayer):
+            if not isinstance(block.feed_forward, MoELayer):
                 block.compile()
                 continue
-            for part in (block.attention_norm, block.attention, block.feed_forward_norm, block.feed_forward):
-                if not isinstance(part, MoELayer):
-                    part.compile()
+            for part in (block.attention_norm, block.attention, block.feed_forward_norm):
+                part.compile()
 
     def new_cache(self, batch_size: int, capacity: int) -> KeyValueCache:
         """Return an empty cache for at most `capacity` positions of `batch_size` sequences."""

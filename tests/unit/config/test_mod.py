@@ -46,6 +46,7 @@ def test_one_word_is_enough() -> None:
         (["mod.start_layer=2", "mod.end_layer=1"], "`mod.end_layer` must be `mod.start_layer` (2) to 3"),
         (["mod.layers=alternating", "mod.start_layer=3"], "`mod.layers` must be `all` or `later`"),
         (["mod.annealing_ratio=1.1"], "`mod.annealing_ratio` must be between 0 and 1"),
+        (["training.compile=true"], "`training.compile` must be false with a Mixture of Depths, but is True instead."),
         (["mod.predictor_hidden_size=0"], "`mod.predictor_hidden_size` must be at least 1"),
     ],
 )
