@@ -20,6 +20,10 @@ _MODULES = {
     "StdlibConfig": "config.data",
     "LossConfig": "config.loss",
     "GenerationSettings": "config.generation",
+    "LearnedModConfig": "config.mod",
+    "NoModConfig": "config.mod",
+    "RandomModConfig": "config.mod",
+    "StaticModConfig": "config.mod",
     "Activation": "config.model",
     "DenseConfig": "config.model",
     "GroupedAttentionConfig": "config.attention",
@@ -86,6 +90,10 @@ if TYPE_CHECKING:
     from ava_exp.config.data import StdlibConfig as StdlibConfig
     from ava_exp.config.generation import GenerationSettings as GenerationSettings
     from ava_exp.config.loss import LossConfig as LossConfig
+    from ava_exp.config.mod import LearnedModConfig as LearnedModConfig
+    from ava_exp.config.mod import NoModConfig as NoModConfig
+    from ava_exp.config.mod import RandomModConfig as RandomModConfig
+    from ava_exp.config.mod import StaticModConfig as StaticModConfig
     from ava_exp.config.model import Activation as Activation
     from ava_exp.config.model import DenseConfig as DenseConfig
     from ava_exp.config.model import MixedActivation as MixedActivation

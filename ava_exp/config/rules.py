@@ -14,6 +14,7 @@ from ava_exp.config.attention import AttentionBackend, MixtureOfHeadsConfig, Mul
 from ava_exp.config.data import BPEConfig
 from ava_exp.config.faults import Fault, Rule, Severity, error
 from ava_exp.config.machine import Precision
+from ava_exp.config.mod import DepthConfig, num_chosen
 from ava_exp.config.model import MoEConfig, RopeScaling
 from ava_exp.config.prediction import MultiTokenConfig
 from ava_exp.config.router import (
@@ -33,6 +34,8 @@ SPECIAL_TOKENS = 8
 """Tokens that a trained tokenizer reserves for documents and roles."""
 MIN_VOCABULARY = 256 + SPECIAL_TOKENS
 CHINCHILLA_RANGE = (5, 50)
+FEWEST_VISITS = 8
+"""Visits of an expert in a micro-batch, on average, below which a run is warned of."""
 NAME_PATTERN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 """A run's name is the name of its folder."""
 NAME_EXPECTED = "letters, digits, `.`, `_` and `-`, not starting with `.`"
@@ -100,6 +103,8 @@ BOUNDS = (
             "evaluation.interval_steps",
             "evaluation.max_tokens",
             "checkpoint.save_every_n_batches",
+            "mod.router_hidden_size",
+            "mod.predictor_hidden_size",
             "stage.max_new_tokens",
             "stage.num_beams",
             "stage.num_samples",
@@ -121,6 +126,7 @@ BOUNDS = (
             "sparsity.router.routing_temperature",
             "sparsity.router.routed_scaling_factor",
             "sparsity.router.average_experts",
+            "mod.predictor_weight",
             "model.learning_rate",
             "optimizer.learning_rate",
             "stage.learning_rate",
@@ -166,6 +172,8 @@ BOUNDS = (
             "loss.repetition_penalty_weight",
             "loss.entropy_regularization",
             "loss.output_diversity_weight",
+            "mod.start_layer",
+            "mod.end_layer",
             "optimizer.weight_decay",
             "prediction.num_prediction_heads",
             "prediction.mtp_weight",
@@ -204,6 +212,7 @@ BOUNDS = (
         (
             "schedule.min_lr_ratio",
             "schedule.decay_ratio",
+            "mod.annealing_ratio",
             "prediction.confidence_threshold",
             "prediction.confidence_threshold_train",
             "stage.confidence_threshold",
@@ -213,7 +222,14 @@ BOUNDS = (
     Bound(
         "above 0 and at most 1",
         lambda value: 0 < value <= 1,
-        ("stage.top_p", "stage.assumed_mfu", "sparsity.router.threshold", "attention.progressive_sparsity"),
+        (
+            "stage.top_p",
+            "stage.assumed_mfu",
+            "sparsity.router.threshold",
+            "attention.progressive_sparsity",
+            "mod.capacity_factor",
+            "mod.capacity_start",
+        ),
     ),
     Bound("above 1", lambda value: value > 1, ("precision.scale_factor",)),
 )
@@ -368,6 +384,41 @@ def _dense_layers_leave_some(config: RunConfig) -> Iterator[Fault]:
         yield error("sparsity.first_k_dense", expected, sparsity.first_k_dense, "Or take `sparsity=dense`.")
 
 
+def _skipped_layers_exist(config: RunConfig) -> Iterator[Fault]:
+    mod, num_layers = config.mod, config.model.num_layers
+    if not isinstance(mod, DepthConfig) or num_layers < 1:
+        return
+    if mod.start_layer >= num_layers:
+        yield error("mod.start_layer", f"below `model.num_layers` ({num_layers})", mod.start_layer)
+    elif mod.end_layer is not None and not mod.start_layer <= mod.end_layer < num_layers:
+        expected = f"`mod.start_layer` ({mod.start_layer}) to {num_layers - 1}, the last layer"
+        yield error("mod.end_layer", expected, mod.end_layer)
+    elif not mod.skippable_layers(num_layers):
+        expected = "`all` or `later` for a range of one layer"
+        yield error("mod.layers", expected, mod.layers.value, "Or widen it.")
+
+
+def _processed_tokens_suffice(config: RunConfig) -> Iterator[Fault]:
+    mod, sparsity, length = config.mod, config.sparsity, config.data.sequence_length
+    if not isinstance(mod, DepthConfig) or length < 1:
+        return
+    for name in ("capacity_factor", "capacity_start"):
+        if 0 < (value := getattr(mod, name)) < 1 / length:
+            yield error(f"mod.{name}", f"at least 1 / `data.sequence_length` ({length}), one token", value)
+    batch_size = config.training.batch_size or config.hardware.batch_size
+    if not isinstance(sparsity, MoEConfig) or sparsity.num_experts < 1 or batch_size is None:
+        return
+    processed = batch_size * num_chosen(mod.capacity_factor, length)
+    visits = processed * sparsity.router.experts_per_token(sparsity.num_experts) / sparsity.num_experts
+    if visits < FEWEST_VISITS:
+        message = (
+            f"Of a micro-batch, layers process {processed} tokens, which leaves an expert {visits:.2g}: "
+            f"with fewer than {FEWEST_VISITS} it hardly learns, and its balance is chance."
+        )
+        mend = "Raise `mod.capacity_factor` or `training.batch_size`, or take fewer experts."
+        yield Fault(Severity.warning, "mod.capacity_factor", message, mend)
+
+
 def _sequence_fits_positions(config: RunConfig) -> Iterator[Fault]:
     limit = config.model.max_position_embeddings
     if config.data.sequence_length > limit:
@@ -496,6 +547,12 @@ def _only_bf16_rounds_stochastically(config: RunConfig) -> Iterator[Fault]:
         yield error("precision.stochastic_rounding", expected, True, "The others round nothing that has no master.")
 
 
+def _compiled_blocks_are_not_skipped(config: RunConfig) -> Iterator[Fault]:
+    if config.training.compile and isinstance(config.mod, DepthConfig):
+        expected = "false with a Mixture of Depths"
+        yield error("training.compile", expected, True, "How many tokens a layer gets is data, and cannot be compiled.")
+
+
 def _compiled_blocks_are_recomputed_whole(config: RunConfig) -> Iterator[Fault]:
     training = config.training
     if training.compile and training.recompute is Recompute.selective:
@@ -515,6 +572,8 @@ RULES: tuple[Rule, ...] = (
     _router_fits_the_experts,
     _capacity_has_a_meaning,
     _dense_layers_leave_some,
+    _skipped_layers_exist,
+    _processed_tokens_suffice,
     _sequence_fits_positions,
     _rope_scaling_is_whole,
     _yarn_constants_have_a_meaning,
@@ -527,5 +586,6 @@ RULES: tuple[Rule, ...] = (
     _schedule_fits,
     _budget_is_usual,
     _only_bf16_rounds_stochastically,
+    _compiled_blocks_are_not_skipped,
     _compiled_blocks_are_recomputed_whole,
 )

@@ -1,4 +1,4 @@
-"""What can be done to the experts of a trained model. Imports no torch."""
+"""What can be done to the experts of a trained model, and to its depth. Imports no torch."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ class SurgeryKind(Enum):
     adjust_routing_temperature = "adjust_routing_temperature"
     enable_expert_dropout = "enable_expert_dropout"
     scale_load_balancing = "scale_load_balancing"
+    adjust_mod_capacity = "adjust_mod_capacity"
 
 
 SETTINGS = frozenset(
@@ -27,6 +28,7 @@ SETTINGS = frozenset(
         SurgeryKind.adjust_routing_temperature,
         SurgeryKind.enable_expert_dropout,
         SurgeryKind.scale_load_balancing,
+        SurgeryKind.adjust_mod_capacity,
     }
 )
 """The operations that set a `value`."""
@@ -50,7 +52,7 @@ class NewState(Enum):
 
 @dataclass(kw_only=True, slots=True)
 class SurgeryOperation:
-    """One operation on one layer of experts, or on all of them."""
+    """One operation on one layer of experts, or on all of them; `adjust_mod_capacity` is on the whole model."""
 
     operation: SurgeryKind | None = None
     layer: int | None = None
@@ -79,6 +81,8 @@ def faults_of(operation: SurgeryOperation) -> Iterator[tuple[str, str, object]]:
                 yield name, "given: two experts are merged", None
         if operation.expert is not None and operation.expert == operation.other:
             yield "other", f"another expert than {operation.expert}", operation.other
+    if kind is SurgeryKind.adjust_mod_capacity and operation.layer is not None:
+        yield "layer", "null: all layers that tokens may skip have one capacity", operation.layer
     if kind is None or kind not in SETTINGS:
         return
     if operation.value is None:
@@ -87,5 +91,7 @@ def faults_of(operation: SurgeryOperation) -> Iterator[tuple[str, str, object]]:
         yield "value", "at least 0 and below 1, a probability", operation.value
     elif kind in (SurgeryKind.adjust_capacity_factor, SurgeryKind.adjust_routing_temperature) and operation.value <= 0:
         yield "value", "above 0", operation.value
+    elif kind is SurgeryKind.adjust_mod_capacity and not 0 < operation.value <= 1:
+        yield "value", "above 0 and at most 1, a share of tokens", operation.value
     elif operation.value < 0:
         yield "value", "0 or more", operation.value

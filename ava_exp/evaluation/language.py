@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ava_exp.data.loader import IGNORED, Batch
+from ava_exp.evaluation.depth import DepthMetrics, DepthObserver
 from ava_exp.evaluation.routing import RoutingMetrics, RoutingObserver
 from ava_exp.losses.cross_entropy import score_labels
 from ava_exp.models.decoder import Decoder
@@ -33,7 +34,11 @@ class FutureMetrics:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class LanguageMetrics:
-    """`loss` is nats per token; `bits_per_byte` is independent of the tokenizer; `token_accuracy` is of top tokens."""
+    """`loss` is nats per token; `bits_per_byte` is independent of the tokenizer; `token_accuracy` is of top tokens.
+
+    Where layers choose tokens otherwise while training, all of this is at inference, which no later token influences;
+    `noncausal_loss` and `noncausal_perplexity` are with the choice of training.
+    """
 
     loss: float
     perplexity: float
@@ -42,11 +47,14 @@ class LanguageMetrics:
     tokens: int
     bytes: int
     seconds: float
+    noncausal_loss: float | None = None
+    noncausal_perplexity: float | None = None
     routing: RoutingMetrics | None = None
     activation_weights: dict[str, dict[str, float]] = field(default_factory=dict)
     """Of the mixtures of activations, by where they are."""
     future: tuple[FutureMetrics, ...] = ()
     """Of the prediction heads, the first one first."""
+    depth: DepthMetrics | None = None
 
 
 @torch.inference_mode()
@@ -56,16 +64,18 @@ def evaluate_language(
     token_bytes: np.ndarray,
     device: torch.device,
     observer: RoutingObserver | None = None,
+    depth_observer: DepthObserver | None = None,
 ) -> LanguageMetrics:
     """Predict every label of `batches`. `token_bytes` (V,) says how many UTF-8 bytes each token stands for.
 
     End-of-document tokens stand for no bytes, yet cost nats: the figure includes predicting where documents end.
-    `observer` is shown the routing of every batch.
+    `observer` is shown the routing of every batch, `depth_observer` what its tokens skip.
     """
     bytes_of = torch.from_numpy(np.ascontiguousarray(token_bytes, dtype=np.int64)).to(device)
     started, was_training = time.monotonic(), model.training
     model.eval()
-    nats, correct, tokens, num_bytes = 0.0, 0, 0, 0
+    nats, correct, tokens, num_bytes, noncausal_nats = 0.0, 0, 0, 0, None
+    depth_observer, has_depth = depth_observer or DepthObserver(), False
     future = FutureTally()
     for batch in batches:
         labels = batch.labels.to(device).flatten()
@@ -76,22 +86,31 @@ def evaluate_language(
         batch_nats, batch_correct = score_labels(output.hidden.flatten(0, 1), output.head, labels, hits_N=hits_N)
         future.add(output, labels.view(batch.labels.shape), hits_N.view(batch.labels.shape))
         nats, correct = nats + batch_nats.item(), correct + int(batch_correct)
+        if output.depths:
+            has_depth = True
+            depth_observer.add(batch, output.depths)
+            if model.chooses_by_content:
+                noncausal_nats = (noncausal_nats or 0.0) + _look_ahead(model, batch, labels, depth_observer)
         valid = labels != IGNORED
         tokens += int(valid.sum())
         num_bytes += int(bytes_of[labels[valid]].sum())
     model.train(was_training)
     loss = nats / max(1, tokens)
+    noncausal_loss = None if noncausal_nats is None else noncausal_nats / max(1, tokens)
     return LanguageMetrics(
         loss=loss,
-        perplexity=math.exp(min(loss, 700.0)),
+        perplexity=_perplexity(loss),
         bits_per_byte=nats / math.log(2) / max(1, num_bytes),
         token_accuracy=correct / max(1, tokens),
         tokens=tokens,
         bytes=num_bytes,
         seconds=time.monotonic() - started,
+        noncausal_loss=noncausal_loss,
+        noncausal_perplexity=None if noncausal_loss is None else _perplexity(noncausal_loss),
         routing=observer.metrics() if observer is not None else None,
         activation_weights=activation_weights(model),
         future=future.metrics(),
+        depth=depth_observer.metrics(list(model.mod_layers()), model.mod_capacity or 1.0) if has_depth else None,
     )
 
 
@@ -121,3 +140,15 @@ class FutureTally:
             FutureMetrics(accuracy=hits / max(1, labels), acceptance=right / max(1, consulted))
             for labels, hits, consulted, right in self.counts
         )
+
+
+def _look_ahead(model: Decoder, batch: Batch, labels_N: Tensor, observer: DepthObserver) -> float:
+    """Return the nats of a batch with the choice of tokens that training makes."""
+    with model.looking_ahead():
+        output = model(batch.input_ids.to(labels_N.device), **batch.masks_on(labels_N.device))
+    observer.add_looking_ahead(output.depths)
+    return score_labels(output.hidden.flatten(0, 1), output.head, labels_N)[0].item()
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))

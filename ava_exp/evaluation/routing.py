@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ava_exp.data.loader import IGNORED, Batch
@@ -111,7 +112,7 @@ def _entropy(shares: npt.NDArray[np.float64]) -> float:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class RoutingMetrics:
-    """What an evaluation saw of the routers. All lists are by layer."""
+    """What an evaluation saw of the routers. All lists are by layer; means are over the tokens that it processed."""
 
     expert_load: list[list[float]]
     visits_per_token: list[float]
@@ -140,10 +141,11 @@ class RoutingMetrics:
 
 @dataclass(slots=True)
 class _LayerSums:
-    """One layer so far: visits (S, E) and the sum of its tokens' entropies, on the device."""
+    """One layer so far, on the device: visits (S, E), the sum of its tokens' entropies, and how many these are."""
 
     visits: Tensor
     entropy: Tensor
+    num_tokens: Tensor
 
 
 @dataclass(slots=True)
@@ -156,7 +158,6 @@ class RoutingObserver:
     before: ProbeChoices | None = None
     """What the probe's tokens chose the last time."""
     _layers: list[_LayerSums] = field(default_factory=list)
-    _num_tokens: int = 0
     _choices: dict[int, list[Tensor]] = field(default_factory=dict)
 
     def add(self, batch: Batch, routings: Sequence[Routing]) -> None:
@@ -165,7 +166,6 @@ class RoutingObserver:
             return
         device = routings[0].expert_ids.device
         valid_N = (batch.labels != IGNORED).flatten()
-        self._num_tokens += int(valid_N.sum())
         self._keep_choices(batch, routings)
         valid_N = valid_N.to(device)
         assert batch.source_ids is not None, "batches of evaluation know their sources"
@@ -173,9 +173,11 @@ class RoutingObserver:
         if not self._layers:
             self._layers = [self._zeros(routing) for routing in routings]
         for layer, routing in zip(self._layers, routings, strict=True):
-            layer.visits += _visits_by_source(routing, sources_N, valid_N, len(self.sources))
+            valid, sources = routing.of_tokens(valid_N), routing.of_tokens(sources_N)
+            layer.visits += _visits_by_source(routing, sources, valid, len(self.sources))
             entropy_N = -torch.special.xlogy(routing.probabilities, routing.probabilities).sum(dim=-1)
-            layer.entropy += entropy_N.where(valid_N, 0.0).sum(dtype=layer.entropy.dtype)
+            layer.entropy += entropy_N.where(valid, 0.0).sum(dtype=layer.entropy.dtype)
+            layer.num_tokens += valid.sum()
 
     def metrics(self) -> RoutingMetrics | None:
         """Return the figures; None for a model without experts."""
@@ -183,11 +185,13 @@ class RoutingObserver:
             return None
         visits = [layer.visits.cpu().numpy() for layer in self._layers]
         choices = self._probe_choices([counts.shape[1] for counts in visits])
-        num_tokens = max(1, self._num_tokens)
+        num_tokens = [max(1, int(layer.num_tokens)) for layer in self._layers]
         return RoutingMetrics(
             expert_load=[_shares(counts.sum(axis=0)) for counts in visits],
-            visits_per_token=[int(counts.sum()) / num_tokens for counts in visits],
-            token_entropy=[layer.entropy.item() / num_tokens for layer in self._layers],
+            visits_per_token=[int(counts.sum()) / number for counts, number in zip(visits, num_tokens, strict=True)],
+            token_entropy=[
+                layer.entropy.item() / number for layer, number in zip(self._layers, num_tokens, strict=True)
+            ],
             churn=choices.churn_since(self.before) if choices is not None else [None] * len(visits),
             sources=list(self.sources),
             source_load=[[_shares(row) for row in counts] for counts in visits],
@@ -201,15 +205,18 @@ class RoutingObserver:
         return _LayerSums(
             torch.zeros(len(self.sources), num_experts, dtype=torch.int64, device=device),
             torch.zeros((), dtype=wide, device=device),
+            torch.zeros((), dtype=torch.int64, device=device),
         )
 
     def _keep_choices(self, batch: Batch, routings: Sequence[Routing]) -> None:
         num_positions = batch.labels.shape[1]
-        for row in np.flatnonzero(np.isin(batch.sample_ids, self.probe)):
+        rows = np.flatnonzero(np.isin(batch.sample_ids, self.probe))
+        expert_ids = [routing.expert_ids_of_all(batch.labels.numel()) for routing in routings] if len(rows) else []
+        for row in rows:
             valid_T = batch.labels[row] != IGNORED
             of_row = slice(row * num_positions, (row + 1) * num_positions)
             self._choices[int(batch.sample_ids[row])] = [
-                routing.expert_ids[of_row].to("cpu", torch.int16)[valid_T] for routing in routings
+                ids[of_row].to("cpu", torch.int16)[valid_T] for ids in expert_ids
             ]
 
     def _probe_choices(self, num_experts: list[int]) -> ProbeChoices | None:
@@ -219,8 +226,14 @@ class RoutingObserver:
         return ProbeChoices(
             windows=torch.from_numpy(self.probe.copy()),
             num_experts=num_experts,
-            expert_ids=[torch.cat(layer) for layer in zip(*by_window, strict=True)],
+            expert_ids=[_stacked(layer) for layer in zip(*by_window, strict=True)],
         )
+
+
+def _stacked(expert_ids: Sequence[Tensor]) -> Tensor:
+    """Put windows on top of one another; one in which all tokens skipped the layer may be narrower than the others."""
+    width = max(ids.shape[1] for ids in expert_ids)
+    return torch.cat([F.pad(ids, (0, width - ids.shape[1]), value=-1) for ids in expert_ids])
 
 
 def _visits_by_source(routing: Routing, sources_N: Tensor, valid_N: Tensor, num_sources: int) -> Tensor:

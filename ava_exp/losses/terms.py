@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ava_exp.config.attention import AttentionConfig, MixtureOfHeadsConfig
 from ava_exp.config.loss import LossConfig
+from ava_exp.config.mod import LearnedModConfig, ModConfig
 from ava_exp.config.model import MoEConfig, SparsityConfig
 from ava_exp.config.prediction import MultiTokenConfig, PredictionConfig
 from ava_exp.config.router import BalanceScope
@@ -182,7 +183,7 @@ class MultiTokenLoss:
 
 @dataclass(slots=True)
 class RouterLoss:
-    """A loss of routers, mean over the mixture-of-experts layers.
+    """A loss of routers, mean over the mixture-of-experts layers; of each, over the tokens that it processes.
 
     `measure` maps a layer's routing and its chosen counts in the step so far to a mean over the micro-batch's tokens.
     What is not linear in the tokens, as the balance losses are not, is with accumulation the mean of the micro-batches'
@@ -231,11 +232,28 @@ class HeadBalanceLoss:
             return torch.stack(losses).mean() * share
 
 
+@dataclass(slots=True)
+class PredictorLoss:
+    """How well predictors say which tokens their layer has chosen: binary cross entropy in nats per token, the mean
+    over the layers that tokens may skip. Its gradient reaches the predictors only."""
+
+    weight: float
+    name: str = "mod_predictor_loss"
+
+    def weight_at(self, progress: float) -> float:
+        return self.weight
+
+    def __call__(self, output: ModelOutput, labels_BT: Tensor, context: StepContext) -> Tensor:
+        share = int((labels_BT != IGNORED).sum()) / context.num_tokens
+        return torch.stack([depth.losses[self.name] for depth in output.depths]).mean() * share
+
+
 def build_losses(
     sparsity: SparsityConfig,
     loss: LossConfig | None = None,
     *,
     attention: AttentionConfig | None = None,
+    mod: ModConfig | None = None,
     prediction: PredictionConfig | None = None,
 ) -> list[LossTerm]:
     """Return the terms of the objective, cross entropy first; without a `loss` it has none on the output beside it."""
@@ -249,6 +267,8 @@ def build_losses(
         for name, weight in router.losses().items():
             end = router.load_balancing_weight_end if name == BALANCE else None
             terms.append(RouterLoss(name, weight, _measure(name, router.balance_over), end))
+    if isinstance(mod, LearnedModConfig):
+        terms.append(PredictorLoss(mod.predictor_weight))
     return terms
 
 

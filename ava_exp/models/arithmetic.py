@@ -5,10 +5,13 @@ Every count is asserted against built models in the tests.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 from ava_exp.config.architecture import Architecture
 from ava_exp.config.attention import AttentionConfig
+from ava_exp.config.mod import DepthConfig, DepthPart, NoModConfig
 from ava_exp.config.model import Activation, ModelConfig, MoEConfig, Overflow, SharedProjection, SparsityConfig
 from ava_exp.config.prediction import MultiTokenConfig
 from ava_exp.models.attention import attention_parameters, scores_per_token
@@ -26,7 +29,8 @@ class Part:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class ParameterBreakdown:
-    """Parameters by part. `active` counts what one token meets: k of E experts, everything else whole."""
+    """Parameters by part. `active` counts what one token meets: k of E experts, everything else whole; of a layer that
+    tokens may skip, the share of them that do not."""
 
     parts: tuple[Part, ...]
 
@@ -61,6 +65,9 @@ def count_parameters(architecture: Architecture) -> ParameterBreakdown:
     ]
     if not model.tie_embeddings:
         parts.append(_part("head", embedding, multiplied=embedding))
+    if isinstance(architecture.mod, DepthConfig):
+        parts = [_with_skips(part, architecture, architecture.mod) for part in parts]
+        parts.append(_depth_part(model, architecture.mod))
     if num_heads := num_prediction_heads(architecture):
         weights = num_heads * (_prediction_head_weights(architecture) + 3 * hidden + model.num_mixed_activations)
         parts.append(Part(name=PREDICTION_HEADS, total=weights, active=0, multiplied=0))
@@ -85,6 +92,30 @@ def _prediction_head_weights(architecture: Architecture) -> int:
     model = architecture.model
     network = (_up_matrices(model) + 1) * model.hidden_size * prediction_head_width(architecture)
     return 2 * model.hidden_size**2 + network
+
+
+def _with_skips(part: Part, architecture: Architecture, mod: DepthConfig) -> Part:
+    """Return a part as the average token meets it, that skips some of the layers it is in."""
+    model, num_layers = architecture.model, architecture.model.num_layers
+    skippable = mod.skippable_layers(num_layers)
+    first_sparse = num_layers - num_sparse_layers(model, architecture.sparsity)
+    whole_block = mod.part is DepthPart.block
+    if part.name in ("embedding", "head") or (part.name == "attention" and not whole_block):
+        return part
+    if part.name == "norms":
+        skipped = (2 if whole_block else 1) * len(skippable) * model.hidden_size
+        return replace(part, active=round(part.active - (1 - mod.capacity_factor) * skipped))
+    layers = {"attention": range(num_layers), "feed-forward": range(first_sparse)}
+    there = layers.get(part.name, range(first_sparse, num_layers))
+    left = 1 - (1 - mod.capacity_factor) * sum(layer in there for layer in skippable) / len(there)
+    return replace(part, active=round(part.active * left), multiplied=round(part.multiplied * left))
+
+
+def _depth_part(model: ModelConfig, mod: DepthConfig) -> Part:
+    """Count what decides which tokens skip."""
+    count, hidden = len(mod.skippable_layers(model.num_layers)), model.hidden_size
+    weights = count * (mod.router_weights(hidden) + mod.predictor_weights(hidden))
+    return _part("depth routers", weights + count * mod.predictor_biases(), multiplied=weights)
 
 
 def _part(name: str, total: int, multiplied: int) -> Part:
@@ -169,12 +200,91 @@ def forward_flops_per_token(architecture: Architecture, sequence_length: int) ->
 
     Softmax, norms and the rotary embedding are left out, as in [chowdhery2022palm] app. B. Attention is counted
     causally: a token looks at (T + 1) / 2 positions on average, where the paper counts all T; see `scores_per_token`.
+    Where tokens may skip layers it is the average token's while training at the final capacity: of a layer that
+    processes k of T tokens the others skip all products, and attention is that of a text of k tokens.
     """
+    whole = _flops_without_skips(architecture, sequence_length)
+    for layer in _skippable_layers(architecture, sequence_length):
+        own = layer.num_processed * layer.per_processed + layer.scores(layer.num_processed)
+        whole += own / sequence_length - layer.without_skips + layer.per_token
+    return whole
+
+
+def _flops_without_skips(architecture: Architecture, sequence_length: int) -> float:
+    weights = 2 * count_parameters(replace(architecture, mod=NoModConfig())).multiplied
+    scores = architecture.model.num_layers * _score_flops(architecture, sequence_length)
+    return weights + scores / sequence_length
+
+
+def _score_flops(architecture: Architecture, num_tokens: int) -> float:
+    """Operations of one layer's attention over a text of so many tokens: scores, and the values that are added up."""
     model = architecture.model
     assert model.head_dim is not None
-    weights = 2 * count_parameters(architecture).multiplied
-    scores = scores_per_token(model, architecture.attention, sequence_length)
-    return weights + 4 * model.num_layers * model.head_dim * scores
+    if num_tokens == 0:
+        return 0.0
+    return 4 * model.head_dim * num_tokens * scores_per_token(model, architecture.attention, num_tokens)
+
+
+def _no_scores(num_tokens: int) -> float:
+    return 0.0
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class _SkippableLayer:
+    """Operations of the forward pass of a layer that tokens may skip."""
+
+    num_processed: int
+    """Of the tokens of a sequence, while training at the final capacity."""
+    without_skips: float
+    """Of a token, did none skip."""
+    per_token: float
+    """Of any token: what decides whether it skips."""
+    per_processed: float
+    """Of a token that does not skip, without attention's scores: products with weights, and its gate."""
+    per_visit: float
+    """Of a visit to an expert, `num_visits` of which are part of `per_processed`."""
+    num_visits: float
+    scores: Callable[[int], float]
+    """Of attention, for so many tokens of a sequence that do not skip."""
+
+
+def _skippable_layers(architecture: Architecture, sequence_length: int) -> list[_SkippableLayer]:
+    model, sparsity, mod = architecture.model, architecture.sparsity, architecture.mod
+    if not isinstance(mod, DepthConfig):
+        return []
+    hidden, attends = model.hidden_size, mod.part is DepthPart.block
+    attention = _attention_part(model, architecture.attention).multiplied // model.num_layers if attends else 0
+    scores = partial(_score_flops, architecture) if attends else _no_scores
+    layers = []
+    for place, layer in enumerate(mod.skippable_layers(model.num_layers)):
+        number = mod.num_processed(sequence_length, place)
+        weights, visit, num_visits = _feed_forward_weights(model, sparsity, layer)
+        products = 2 * (attention + weights + num_visits * visit)
+        router = 2 * mod.router_weights(hidden)
+        layers.append(
+            _SkippableLayer(
+                num_processed=number,
+                without_skips=products + scores(sequence_length) / sequence_length,
+                per_token=2 * mod.predictor_weights(hidden) + (router if number < sequence_length else 0),
+                per_processed=products + router,
+                per_visit=2 * visit,
+                num_visits=num_visits,
+                scores=scores,
+            )
+        )
+    return layers
+
+
+def _feed_forward_weights(model: ModelConfig, sparsity: SparsityConfig, layer: int) -> tuple[int, int, float]:
+    """Return the weights of one layer that every token meets, those of an expert, and how many experts it visits."""
+    assert model.intermediate_size is not None
+    matrices = _up_matrices(model) + 1
+    if not isinstance(sparsity, MoEConfig) or layer < sparsity.first_k_dense:
+        return matrices * model.hidden_size * model.intermediate_size, 0, 0.0
+    own, common = _expert_weights(model, sparsity)
+    shared = sparsity.num_shared_experts * matrices * model.hidden_size * expert_width(model, sparsity)
+    router = sparsity.router.num_weights(model.hidden_size, sparsity.num_experts)
+    return common + shared + router, own, experts_per_token(sparsity)
 
 
 def training_flops_per_token(architecture: Architecture, sequence_length: int) -> float:
@@ -202,22 +312,47 @@ def prediction_flops_per_token(architecture: Architecture, sequence_length: int)
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class StepFlops:
-    """Floating-point operations of training: of one token outside the experts, and of one visit to an expert."""
+    """Floating-point operations of training: of a token outside of experts and of layers that tokens may skip, of a
+    visit to an expert, and, in layers that tokens may skip, of a token that does not, by layer, and of attention there.
+    """
 
     per_token: float
     per_visit: float
+    per_processed: tuple[float, ...] = ()
+    scores: Callable[[int], float] = _no_scores
+    """Of attention in a layer that tokens may skip, for so many tokens of a sequence that do not."""
+    without_skips: float = 0.0
+    """Of a token, experts included, did none skip; what was saved is measured by it."""
 
-    def of(self, num_tokens: int, num_visits: int) -> float:
-        """Return the operations of a step: routers may refuse visits, or choose how many a token makes."""
-        return num_tokens * self.per_token + num_visits * self.per_visit
+    def of(self, num_tokens: int, num_visits: int, num_processed: Sequence[int] = (), num_sequences: int = 1) -> float:
+        """Return the operations of a step: routers may refuse visits, or choose how many a token makes. `num_processed`
+        is by layer that tokens may skip, the same number of each of `num_sequences`."""
+        inside = 0.0
+        for number, flops in zip(num_processed, self.per_processed, strict=True):
+            inside += number * flops + num_sequences * self.scores(number // num_sequences)
+        return num_tokens * self.per_token + num_visits * self.per_visit + inside
 
 
 def training_flops(architecture: Architecture, sequence_length: int) -> StepFlops:
-    """Split `training_flops_per_token` into what every token costs and what a visit to an expert costs."""
+    """Split `training_flops_per_token` into what every token costs, what a visit to an expert costs, and what a layer
+    that tokens may skip costs those that do not."""
     model, sparsity = architecture.model, architecture.sparsity
-    total = training_flops_per_token(architecture, sequence_length)
-    if not isinstance(sparsity, MoEConfig):
-        return StepFlops(per_token=total, per_visit=0.0)
-    per_visit = 6.0 * _expert_weights(model, sparsity)[0]
-    visits = num_sparse_layers(model, sparsity) * experts_per_token(sparsity)
-    return StepFlops(per_token=total - visits * per_visit, per_visit=per_visit)
+    forward = _flops_without_skips(architecture, sequence_length)
+    total = 3 * (forward + prediction_flops_per_token(architecture, sequence_length))
+    per_visit, visits = 0.0, 0.0
+    if isinstance(sparsity, MoEConfig):
+        per_visit = 6.0 * _expert_weights(model, sparsity)[0]
+        visits = num_sparse_layers(model, sparsity) * experts_per_token(sparsity)
+    layers = _skippable_layers(architecture, sequence_length)
+    inside = sum(layer.without_skips - layer.num_visits * layer.per_visit for layer in layers)
+    return StepFlops(
+        per_token=total - visits * per_visit - 3 * inside + 3 * sum(layer.per_token for layer in layers),
+        per_visit=per_visit,
+        per_processed=tuple(3 * (layer.per_processed - layer.num_visits * layer.per_visit) for layer in layers),
+        scores=partial(_training_scores, layers[0].scores) if layers else _no_scores,
+        without_skips=total,
+    )
+
+
+def _training_scores(scores: Callable[[int], float], num_tokens: int) -> float:
+    return 3 * scores(num_tokens)

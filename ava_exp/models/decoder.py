@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ava_exp.config.architecture import Architecture
+from ava_exp.config.mod import DepthConfig, DepthPart
 from ava_exp.config.model import DenseConfig, ModelConfig, MoEConfig, Overflow, RopeScaling, SparsityConfig
 from ava_exp.config.training import Recompute
 from ava_exp.errors import ConfigError
@@ -18,6 +20,8 @@ from ava_exp.nn.attention.cache import AttentionContext, KeyValueCache
 from ava_exp.nn.attention.mixture_of_heads import HeadRouting
 from ava_exp.nn.ffn import FeedForward
 from ava_exp.nn.init import initialize
+from ava_exp.nn.mod.depth import Depth, DepthRouter, positions_of
+from ava_exp.nn.mod.learned import LearnedDepth
 from ava_exp.nn.moe.experts import Experts
 from ava_exp.nn.moe.layer import CapacityLimit, MoELayer
 from ava_exp.nn.moe.routing import Routing
@@ -27,9 +31,15 @@ from ava_exp.nn.prediction import build_prediction_heads
 from ava_exp.nn.recompute import offload, run_recomputed
 from ava_exp.nn.rope import RotaryScaling, rope_tables
 
+BlockOutput = tuple[Tensor, Routing | None, HeadRouting | None, Depth | None]
+
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed-forward(norm(x))."""
+    """x + attention(norm(x)), then x + feed-forward(norm(x)).
+
+    With a Mixture of Depths some tokens take part in neither, or not in the second, and stay what they are
+    [raposo2024mod] §3.
+    """
 
     def __init__(self, architecture: Architecture, layer: int) -> None:
         super().__init__()
@@ -47,19 +57,61 @@ class Block(nn.Module):
         self.feed_forward_norm = build_norm(model.norm, model.hidden_size, model.norm_epsilon)
         self.feed_forward = build_feed_forward(model, sparsity, layer)
         self.dropout = model.dropout
+        self.mod = _build_mod(architecture, layer)
+        self.skips_attention = isinstance(architecture.mod, DepthConfig) and architecture.mod.part is DepthPart.block
 
-    def forward(self, x_BTD: Tensor, context: AttentionContext) -> tuple[Tensor, Routing | None, HeadRouting | None]:
-        """Map (B, T, D) to (B, T, D). A routing is None where the feed-forward network is dense, or where all tokens
-        use all heads."""
-        mixed = self.attention(self.attention_norm(x_BTD), context)
-        mixed_BTD, heads = mixed if isinstance(mixed, tuple) else (mixed, None)
-        x_BTD = x_BTD + self._drop(mixed_BTD)
-        y = self.feed_forward(self.feed_forward_norm(x_BTD))
-        y_BTD, routing = y if isinstance(y, tuple) else (y, None)
-        return x_BTD + self._drop(y_BTD), routing, heads
+    def forward(self, x_BTD: Tensor, context: AttentionContext) -> BlockOutput:
+        """Map (B, T, D) to (B, T, D). The routing is None where the feed-forward network is dense, that of heads where
+        all tokens use all of them, and the depth where no token may skip."""
+        heads = None
+        if self.mod is None:
+            x_BTD, heads = self._attend(x_BTD, context)
+            x_BTD, routing = self._feed(x_BTD)
+            return x_BTD, routing, heads, None
+        if not self.skips_attention:
+            x_BTD, heads = self._attend(x_BTD, context)
+        decision = self.mod(x_BTD, context)
+        selection, depth = decision.selection, decision.depth(attends=self.skips_attention)
+        if depth.num_processed == 0:
+            return x_BTD, self._routing_of_nobody(x_BTD.device), heads, depth
+        before = after = selection.take(x_BTD)
+        if self.skips_attention:
+            batch, length, _ = x_BTD.shape
+            positions_BT = positions_of(context, batch, length, x_BTD.device)
+            after, heads = self._attend(before, selection.context(context, positions_BT))
+        # Padding is left out from here on: it would visit experts.
+        after, routing = self._feed(selection.compact(after))
+        if routing is not None and not selection.is_everything:
+            routing.token_ids = selection.token_ids
+        processed = self.mod.blend(selection.compact(before), after)
+        return selection.put(x_BTD, processed), routing, heads, depth
+
+    def _attend(self, x: Tensor, context: AttentionContext) -> tuple[Tensor, HeadRouting | None]:
+        y = self.attention(self.attention_norm(x), context)
+        y, heads = y if isinstance(y, tuple) else (y, None)
+        return x + self._drop(y), heads
+
+    def _feed(self, x: Tensor) -> tuple[Tensor, Routing | None]:
+        y = self.feed_forward(self.feed_forward_norm(x))
+        y, routing = y if isinstance(y, tuple) else (y, None)
+        return x + self._drop(y), routing
+
+    def _routing_of_nobody(self, device: torch.device) -> Routing | None:
+        if not isinstance(self.feed_forward, MoELayer):
+            return None
+        return Routing.of_nobody(self.feed_forward.router.num_experts, device)
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout > 0 else x
+
+
+def _build_mod(architecture: Architecture, layer: int) -> DepthRouter | None:
+    mod, model = architecture.mod, architecture.model
+    layers = mod.skippable_layers(model.num_layers)
+    if not isinstance(mod, DepthConfig) or layer not in layers:
+        return None
+    router: DepthRouter = mod.build(dim=model.hidden_size, place=layers.index(layer))
+    return router
 
 
 def build_feed_forward(model: ModelConfig, sparsity: SparsityConfig, layer: int) -> nn.Module:
@@ -134,11 +186,12 @@ class Decoder(nn.Module):
     sin: Tensor
     recompute: Recompute = Recompute.none
     offload_activations: bool = False
+    adjusted_mod_capacity: float | None = None
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
         model = architecture.model
-        self.config = model
+        self.config, self.mod_config = model, architecture.mod
         self.embedding = nn.Embedding(model.vocab_size, model.hidden_size)
         self.blocks = nn.ModuleList(Block(architecture, layer) for layer in range(model.num_layers))
         self.final_norm = build_norm(model.norm, model.hidden_size, model.norm_epsilon)
@@ -178,19 +231,28 @@ class Decoder(nn.Module):
         """
         context = self._context(ids_BT, cache, counts_B, documents_BT)
         embedding_BTD = x_BTD = self.embedding(ids_BT)
-        routings, head_routings = [], []
+        routings, head_routings, depths = [], [], []
         with self._offload():
             for block in self.blocks:
-                x_BTD, routing, heads = self._run(block, x_BTD, context)
+                x_BTD, routing, heads, depth = self._run(block, x_BTD, context)
                 if routing is not None:
                     routings.append(routing)
                 if heads is not None:
                     head_routings.append(heads)
+                if depth is not None:
+                    depths.append(depth)
         if cache is not None:
             cache.advance(ids_BT.shape[1] if counts_B is None else counts_B)
         weight = self.embedding.weight if self.head is None else self.head.weight
         hidden_BTD = self.final_norm(x_BTD)
-        return ModelOutput(hidden_BTD, weight, routings, head_routings, partial(self._chain, hidden_BTD, embedding_BTD))
+        return ModelOutput(
+            hidden=hidden_BTD,
+            head=weight,
+            routings=routings,
+            head_routings=head_routings,
+            depths=depths,
+            chain=partial(self._chain, hidden_BTD, embedding_BTD),
+        )
 
     def _chain(self, hidden_BTD: Tensor, embedding_BTD: Tensor) -> list[Tensor]:
         """Chain the prediction heads: head j reads the true token j positions on, so it ends j before the text does."""
@@ -234,6 +296,47 @@ class Decoder(nn.Module):
         """Return the layers that are mixtures of experts, in the order of an output's `routings`."""
         return [block.feed_forward for block in self.blocks if isinstance(block.feed_forward, MoELayer)]
 
+    def mod_layers(self) -> dict[int, DepthRouter]:
+        """Return what decides for the layers that tokens may skip, by layer, in the order of an output's `depths`."""
+        return {layer: block.mod for layer, block in enumerate(self.blocks) if block.mod is not None}  # type: ignore[misc]
+
+    @property
+    def mod_capacity(self) -> float | None:
+        """The share of tokens that layers process, where tokens may skip some: the one in force."""
+        return next((router.capacity for router in self.mod_layers().values()), None)
+
+    @mod_capacity.setter
+    def mod_capacity(self, capacity: float) -> None:
+        for router in self.mod_layers().values():
+            router.capacity = capacity
+
+    def anneal(self, progress: float) -> None:
+        """Set the capacity that the configuration has for this share of the budget, unless it was set for good."""
+        if isinstance(self.mod_config, DepthConfig):
+            adjusted = self.adjusted_mod_capacity
+            self.mod_capacity = self.mod_config.capacity_at(progress) if adjusted is None else adjusted
+
+    def adjust_mod_capacity(self, capacity: float) -> None:
+        """Set the capacity for good: no annealing changes it any more."""
+        self.mod_capacity = self.adjusted_mod_capacity = capacity
+
+    @property
+    def chooses_by_content(self) -> bool:
+        """Whether layers choose tokens otherwise while training than at inference."""
+        return any(isinstance(router, LearnedDepth) for router in self.mod_layers().values())
+
+    @contextmanager
+    def looking_ahead(self) -> Iterator[None]:
+        """Let layers choose the best tokens of whole sequences, as they do while training, at inference, too."""
+        routers = [router for router in self.mod_layers().values() if isinstance(router, LearnedDepth)]
+        for router in routers:
+            router.looks_ahead = True
+        try:
+            yield
+        finally:
+            for router in routers:
+                router.looks_ahead = False
+
     def _run(self, module: nn.Module, *inputs: Any) -> Any:
         if self.recompute is Recompute.none or not torch.is_grad_enabled():
             return module(*inputs)
@@ -241,7 +344,8 @@ class Decoder(nn.Module):
 
     def compile_blocks(self) -> None:
         """Compile the blocks in place; names of weights stay. Experts are left out: how many rows each gets is data,
-        and a grouped product over such sizes cannot be compiled."""
+        and a grouped product over such sizes cannot be compiled. No token may skip a layer, for the same reason."""
+        assert not self.mod_layers(), "a rule of the configuration refuses it"
         for block in self.blocks:
             assert isinstance(block, Block)
             if not isinstance(block.feed_forward, MoELayer):

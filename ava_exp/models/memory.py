@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ava_exp.config.architecture import Architecture
 from ava_exp.config.attention import AttentionConfig
 from ava_exp.config.machine import Precision
+from ava_exp.config.mod import DepthConfig, DepthPart, LearnedModConfig, num_chosen
 from ava_exp.config.model import Activation, ModelConfig, MoEConfig, SparsityConfig
 from ava_exp.config.training import Recompute
 from ava_exp.models.arithmetic import count_parameters, experts_per_token, num_prediction_heads, prediction_head_width
@@ -65,13 +66,13 @@ def estimate_memory(
     allocator hardly gives one's place to the other, and with accumulation they do exist together. `copies_state` is for
     checkpoints that are written while training goes on; `on_cpu` adds the process itself.
     """
-    model, attention, sparsity = architecture.model, architecture.attention, architecture.sparsity
+    model = architecture.model
     parameters = count_parameters(architecture).total
     size = WEIGHT_BYTES[precision]
     mixed = precision in (Precision.mixed_fp16, Precision.mixed_bf16)
     wide = mixed or precision is Precision.fp16
     optimizer = 2 * (2 if precision is Precision.bf16 else 4) * parameters
-    activations = _activation_bytes(model, attention, sparsity, size, batch_size, sequence_length, recompute, on_cpu)
+    activations = _activation_bytes(architecture, size, batch_size, sequence_length, recompute, on_cpu)
     activations += size * batch_size * sequence_length * _prediction_values(architecture, recompute)
     num_logits = min(SLICE_VALUES, batch_size * sequence_length * model.vocab_size)
     head, more = model.vocab_size * model.hidden_size, num_prediction_heads(architecture)
@@ -91,29 +92,56 @@ def estimate_memory(
 
 
 def _activation_bytes(
-    model: ModelConfig,
-    attention: AttentionConfig,
-    sparsity: SparsityConfig,
-    size: int,
-    batch_size: int,
-    sequence_length: int,
-    recompute: Recompute,
-    on_cpu: bool,
+    architecture: Architecture, size: int, batch_size: int, sequence_length: int, recompute: Recompute, on_cpu: bool
 ) -> int:
     """Bytes that the forward pass keeps for the backward pass, and the gradients of one block's values."""
+    model, mod = architecture.model, architecture.mod
     tokens = batch_size * sequence_length
-    mixing = _mixing_bytes(model, attention, size, sequence_length, on_cpu)
-    rows = _rows_of_experts(sparsity, tokens, on_cpu)
-    block = round(tokens * (mixing + _norm_bytes(model, size))) + _feed_forward_bytes(
-        model, sparsity, size, tokens, rows
-    )
+    block, kept = _block_bytes(architecture, size, batch_size, sequence_length, sequence_length, recompute, on_cpu)
+    num_skippable = len(mod.skippable_layers(model.num_layers))
+    blocks, inputs = (model.num_layers - num_skippable) * block, (model.num_layers - num_skippable) * kept
+    if isinstance(mod, DepthConfig) and num_skippable:
+        processed = num_chosen(max(mod.capacity_at(0.0), mod.capacity_factor), sequence_length)
+        attended = processed if mod.part is DepthPart.block else sequence_length
+        smaller, smaller_kept = _block_bytes(architecture, size, batch_size, processed, attended, recompute, on_cpu)
+        decision = _decision_bytes(model, mod, size, tokens, batch_size * processed)
+        blocks, inputs = blocks + num_skippable * (smaller + decision), inputs + num_skippable * smaller_kept
+        block = block if num_skippable < model.num_layers else smaller + decision
     ends = tokens * (_norm_bytes(model, size) + size * model.hidden_size)
     if recompute is Recompute.none:
-        return model.num_layers * block + ends + block
-    kept = tokens * size * model.hidden_size
-    if recompute is Recompute.selective:
-        kept += size * _product_values(model, sparsity, tokens, rows)
-    return model.num_layers * kept + ends + 2 * block  # one block at a time is whole
+        return blocks + ends + block
+    return inputs + model.num_layers * tokens * size * model.hidden_size + ends + 2 * block  # one block at a time
+
+
+def _block_bytes(
+    architecture: Architecture,
+    size: int,
+    batch_size: int,
+    num_fed: int,
+    num_attended: int,
+    recompute: Recompute,
+    on_cpu: bool,
+) -> tuple[int, int]:
+    """Return the bytes of a block in which `num_fed` of a sequence's tokens reach the feed-forward network and
+    `num_attended` attention, and those of products with weights if these are kept where the rest is computed again."""
+    model, attention, sparsity = architecture.model, architecture.attention, architecture.sparsity
+    fed, attended = batch_size * num_fed, batch_size * num_attended
+    mixing = _mixing_bytes(model, attention, size, num_attended, on_cpu)
+    rows = _rows_of_experts(sparsity, fed, on_cpu)
+    whole = round(attended * mixing) + fed * _norm_bytes(model, size)
+    whole += _feed_forward_bytes(model, sparsity, size, fed, rows)
+    kept = size * _product_values(model, sparsity, attended, rows) if recompute is Recompute.selective else 0
+    return whole, kept
+
+
+def _decision_bytes(model: ModelConfig, mod: DepthConfig, size: int, tokens: int, processed: int) -> int:
+    """What a layer keeps of the choice of its tokens: where they are, what the predictor made of all of them, and what
+    the gate needs of those chosen: as they were and became, and in fp32."""
+    places = 24 * processed
+    if not isinstance(mod, LearnedModConfig):
+        return places
+    predictor = tokens * (12 * mod.predictor_hidden_size + 24 + size * model.hidden_size)
+    return places + predictor + processed * (2 * size * model.hidden_size + (4 * model.hidden_size if size == 2 else 0))
 
 
 def _prediction_values(architecture: Architecture, recompute: Recompute) -> int:

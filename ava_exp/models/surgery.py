@@ -29,7 +29,7 @@ from ava_exp.config.surgery import Gate, NewState, SurgeryKind, SurgeryOperation
 from ava_exp.data.loader import IGNORED, Batch
 from ava_exp.errors import ConfigError, must_be
 from ava_exp.losses.terms import CrossEntropy, StepContext
-from ava_exp.models.decoder import Decoder
+from ava_exp.models.decoder import Block, Decoder
 from ava_exp.models.stacks import (
     EXPERTS,
     ROUTER_WEIGHT,
@@ -135,13 +135,18 @@ class Surgeon:
         if operation.noise < 0:
             raise ConfigError(must_be("noise", "0 or more", operation.noise))
         assert operation.operation is not None and batches
-        chosen = self._layers(operation.layer)
+        of_depth = operation.operation is SurgeryKind.adjust_mod_capacity
+        chosen = [] if of_depth else self._layers(operation.layer)
+        deed_of_depth = self._set_mod_capacity(operation) if of_depth else None
         device = device or torch.device("cpu")
         before = count_parameters_of(self.model)
         loss_before, visits = measure(self.model, batches, device)
-        plan = _PLANS[operation.operation]
-        deeds = [plan(self, index, operation, visits[index]) for index in chosen]
-        done = [f"layer {index}: {deed()}" for index, deed in zip(chosen, deeds, strict=True)]
+        if deed_of_depth is not None:
+            done = [deed_of_depth()]
+        else:
+            plan = _PLANS[operation.operation]
+            deeds = [plan(self, index, operation, visits[index]) for index in chosen]
+            done = [f"layer {index}: {deed()}" for index, deed in zip(chosen, deeds, strict=True)]
         self.history.append({"step": step, "operation": operation.operation.name, "done": done})
         return SurgeryReport(
             operation=operation.operation.name,
@@ -160,6 +165,7 @@ class Surgeon:
             "layers": {str(index): asdict(changes) for index, changes in self.changes.items()},
             "pruned": [{"layer": e.layer, "expert": e.expert, "closed": e.closed} for e in self.pruned],
             "history": list(self.history),
+            "mod_capacity": self.model.adjusted_mod_capacity,
         }
         tensors = {f"{n}:{name}": entry for n, e in enumerate(self.pruned) for name, entry in e.entries.items()}
         return values, tensors
@@ -185,6 +191,8 @@ class Surgeon:
             for number, saved in enumerate(values["pruned"])
         ]
         self.history = list(values["history"])
+        if (capacity := values.get("mod_capacity")) is not None:
+            self.model.adjust_mod_capacity(capacity)
 
     def _layers(self, asked: int | None) -> list[int]:
         there = list(moe_layers(self.model))
@@ -193,6 +201,18 @@ class Surgeon:
         if asked is not None and asked not in there:
             raise ConfigError(must_be("layer", f"one with experts ({', '.join(map(str, there))})", asked))
         return there if asked is None else [asked]
+
+    def _set_mod_capacity(self, operation: SurgeryOperation) -> Deed:
+        old, value = self.model.mod_capacity, operation.value
+        if old is None:
+            raise ConfigError("every token passes through every layer of the model. Train one with `mod=learned`.")
+        assert value is not None
+
+        def do() -> str:
+            self.model.adjust_mod_capacity(value)
+            return f"layers process {value:g} of the tokens, and processed {old:g}"
+
+        return do
 
     def _changes_of(self, index: int) -> LayerChanges:
         layer = moe_layers(self.model)[index]
@@ -395,14 +415,24 @@ def measure(model: Decoder, batches: Sequence[Batch], device: torch.device) -> t
 def count_parameters_of(model: Decoder) -> Parameters:
     """Count a built model as `count_parameters` counts a configuration, whatever surgery made of it."""
     total = sum(parameter.numel() for parameter in model.parameters())
-    idle = 0.0
-    for layer in moe_layers(model).values():
-        experts = layer.experts
-        own = sum(entry.numel() for entry in _own_weights(layer))
-        idle += own * (_size(layer) - experts_per_token(layer.router))
-        idle += sum(parameter.numel() for parameter in layer.residual.parameters()) if layer.residual else 0
-        idle += experts.num_closed * layer.router.weight.shape[1]
-    return Parameters(total=total, active=round(total - idle))
+    idle = {index: _idle_parameters(layer) for index, layer in moe_layers(model).items()}
+    skipped = 0.0
+    for index, router in model.mod_layers().items():
+        block = model.get_submodule(f"blocks.{index}")
+        assert isinstance(block, Block)
+        parts = [block.feed_forward_norm, block.feed_forward]
+        parts += [block.attention_norm, block.attention] if block.skips_attention else []
+        own = sum(parameter.numel() for part in parts for parameter in part.parameters())
+        skipped += (1 - router.capacity) * (own - idle.get(index, 0.0))
+    return Parameters(total=total, active=round(total - sum(idle.values()) - skipped))
+
+
+def _idle_parameters(layer: MoELayer) -> float:
+    """Return how many parameters of a layer do not act on a token that it processes."""
+    experts = layer.experts
+    idle = sum(entry.numel() for entry in _own_weights(layer)) * (_size(layer) - experts_per_token(layer.router))
+    idle += sum(parameter.numel() for parameter in layer.residual.parameters()) if layer.residual else 0
+    return idle + experts.num_closed * layer.router.weight.shape[1]
 
 
 def experts_per_token(router: Router) -> float:

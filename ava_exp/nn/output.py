@@ -9,19 +9,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ava_exp.nn.attention.mixture_of_heads import HeadRouting
+from ava_exp.nn.mod.depth import Depth
 from ava_exp.nn.moe.routing import Routing
 
 
 @dataclass(slots=True)
 class ModelOutput:
     """`hidden` (B, T, D) after the last norm and `head` (V, D), whose product are the logits, in the model's format;
-    `routings` one entry for every mixture-of-experts layer, `head_routings` one for every mixture of heads. `chain`
-    runs the prediction heads, if there are any."""
+    `routings` one entry for every mixture-of-experts layer, `head_routings` one for every mixture of heads, `depths`
+    one for every layer that tokens may skip. `chain` runs the prediction heads, if there are any."""
 
     hidden: Tensor
     head: Tensor
     routings: list[Routing] = field(default_factory=list)
     head_routings: list[HeadRouting] = field(default_factory=list)
+    depths: list[Depth] = field(default_factory=list)
     chain: Callable[[], list[Tensor]] = list
 
     @property

@@ -11,11 +11,13 @@ from pathlib import Path
 import torch
 
 from ava_exp.config.machine import DeviceType, Precision
+from ava_exp.config.mod import DepthConfig
 from ava_exp.config.run import RunConfig
 from ava_exp.config.validate import offload_faults, raise_if_fatal
 from ava_exp.data.loader import BatchLoader, EvaluationLoader
 from ava_exp.data.prepare import PreparedData, prepare_data
 from ava_exp.errors import ConfigError, must_be
+from ava_exp.evaluation.depth import DepthObserver, token_kinds
 from ava_exp.evaluation.language import LanguageMetrics, evaluate_language
 from ava_exp.evaluation.routing import RoutingObserver, choose_probe
 from ava_exp.losses.terms import build_losses
@@ -152,12 +154,20 @@ def build_evaluation(
         )
         probe = choose_probe(batches.windows(config.evaluation.max_tokens), config.data.sequence_length)
         observer = RoutingObserver(data.validation.sources, probe, state.routing.choices)
+        depth_observer = build_depth_observer(config, data)
         measured = inference_copy(config, runtime, model, updater)
         until_stop = itertools.takewhile(lambda batch: not is_stopping(), batches)
-        metrics = evaluate_language(measured, until_stop, data.tokenizer.token_bytes(), runtime.device, observer)
+        metrics = evaluate_language(
+            measured, until_stop, data.tokenizer.token_bytes(), runtime.device, observer, depth_observer
+        )
         return None if is_stopping() else metrics
 
     return evaluate
+
+
+def build_depth_observer(config: RunConfig, data: PreparedData) -> DepthObserver | None:
+    """Return what watches tokens skip layers, where they may."""
+    return DepthObserver(token_kinds(data.tokenizer)) if isinstance(config.mod, DepthConfig) else None
 
 
 def inference_copy(config: RunConfig, runtime: Runtime, model: Decoder, updater: Updater) -> Decoder:
@@ -195,7 +205,9 @@ def build_trainer(
         build_loader(config, runtime, data),
         updater,
         build_schedule(config, runtime, total_steps),
-        build_losses(config.sparsity, config.loss, attention=config.attention, prediction=config.prediction),
+        build_losses(
+            config.sparsity, config.loss, attention=config.attention, mod=config.mod, prediction=config.prediction
+        ),
         total_steps,
         state=state,
         gradient_clip_val=config.training.gradient_clip_val,

@@ -12,10 +12,13 @@ from ava_exp.config.run import RunConfig
 from ava_exp.config.stage import EvaluateConfig
 from ava_exp.data.loader import EvaluationLoader
 from ava_exp.errors import EXIT_OK, ConfigError, must_be
-from ava_exp.evaluation.language import evaluate_language
+from ava_exp.evaluation.language import LanguageMetrics, evaluate_language
 from ava_exp.evaluation.positions import bin_edges, evaluate_by_position
+from ava_exp.stages.assembly import build_depth_observer
 from ava_exp.stages.trained import TrainedRun, open_trained_run
 from ava_exp.tracking.positions import PositionCurve, PositionReport
+
+FIGURES = [field.name for field in dataclasses.fields(LanguageMetrics) if field.name not in ("routing", "depth")]
 
 
 def run(config: RunConfig) -> int:
@@ -35,17 +38,20 @@ def run(config: RunConfig) -> int:
     )
     if settings.by_position:
         return _by_position(trained, settings, batches)
-    metrics = evaluate_language(trained.model, batches, trained.data.tokenizer.token_bytes(), trained.runtime.device)
-    baselines = trained.data.baselines
+    metrics = evaluate_language(
+        trained.model,
+        batches,
+        trained.data.tokenizer.token_bytes(),
+        trained.runtime.device,
+        depth_observer=build_depth_observer(trained.config, trained.data),
+    )
+    baselines, figures = trained.data.baselines, dataclasses.asdict(metrics)
     report = {
         "run": trained.folder.root.name,
         "step": trained.step,
         **({"sequence_length": length} if settings.sequence_length else {}),
-        **{
-            name: value
-            for name, value in dataclasses.asdict(metrics).items()
-            if name != "routing" and value not in ({}, ())
-        },
+        **{name: figures[name] for name in FIGURES if figures[name] not in (None, {}, ())},
+        **(metrics.depth.record() if metrics.depth is not None else {}),
         "gzip_bits_per_byte": baselines.gzip_bits_per_byte,
         "xz_bits_per_byte": baselines.xz_bits_per_byte,
     }

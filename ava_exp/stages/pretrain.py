@@ -362,7 +362,8 @@ class Pretraining:
     ) -> None:
         records = read_metrics(self.folder.metrics)
         evaluations, steps = of_kind(records, "eval"), of_kind(records, "train")
-        names = ("loss", "perplexity", "bits_per_byte", "token_accuracy")
+        known = ("loss", "perplexity", "noncausal_loss", "noncausal_perplexity", "bits_per_byte", "token_accuracy")
+        names = [name for name in known if evaluations and name in evaluations[-1]]
         statistics_of = data.statistics
         self.folder.write_json(
             "summary.json",

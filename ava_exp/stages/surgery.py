@@ -13,7 +13,7 @@ from ava_exp.errors import EXIT_OK
 from ava_exp.losses.terms import build_losses, require_balance_loss
 from ava_exp.models.surgery import Parameters, Surgeon, SurgeryReport
 from ava_exp.stages import assembly
-from ava_exp.stages.trained import SavedRun, open_saved_run
+from ava_exp.stages.trained import SavedRun, open_saved_run, set_capacity
 from ava_exp.tracking.folder import RunFolder, new_attempt
 from ava_exp.tracking.metrics import MetricsFile
 from ava_exp.training.checkpoint import write_checkpoint
@@ -33,6 +33,7 @@ def run(config: RunConfig) -> int:
     model = assembly.build_decoder(saved.config, saved.runtime)
     updater = assembly.build_updater(saved.config, saved.runtime, model)
     surgeon = Surgeon(model, updater)
+    set_capacity(model, saved.snapshot.state["train"])
     state = restore_snapshot(saved.snapshot, updater, reset_optimizer=False, surgeon=surgeon)
     batches = EvaluationLoader(
         saved.data.validation,
@@ -42,6 +43,7 @@ def run(config: RunConfig) -> int:
         mask_documents=saved.config.data.mask_documents,
     )
     report = surgeon.operate(settings, list(batches), step=state.step, device=saved.runtime.device)
+    state.mod_capacity = model.mod_capacity
     if settings.operation not in SETTINGS:
         state.routing = RoutingHistory()
     _print(report)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from ava_exp.config.run import RunConfig
 from ava_exp.data.prepare import PreparedData
@@ -63,7 +64,14 @@ def load_decoder(config: RunConfig, runtime: Runtime, snapshot: Snapshot) -> Dec
     if config.precision.inference is not None:
         model = model.to(DTYPES[config.precision.inference])
     load_weights(snapshot, model.state_dict(keep_vars=True))
+    set_capacity(model, snapshot.state["train"])
     return model.eval()
+
+
+def set_capacity(model: Decoder, state: dict[str, Any]) -> None:
+    """Let layers process the share of tokens that they did when the state was saved: annealing may be under way."""
+    if (capacity := state.get("mod_capacity")) is not None:
+        model.mod_capacity = capacity
 
 
 def open_saved_run(config: RunConfig, run: str | None) -> SavedRun:

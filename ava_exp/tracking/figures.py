@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, PercentFormatter, StrMethodFormatter
 
+from ava_exp.tracking.depth_figures import draw_depth
 from ava_exp.tracking.files import unwritable
 from ava_exp.tracking.folder import RunFolder
 from ava_exp.tracking.plotting import (
@@ -150,5 +151,6 @@ FIGURES: dict[str, tuple[Callable[[History], bool], Callable[[History], Figure]]
     "balance": (lambda history: bool(history.routed), draw_balance),
     "specialisation": (lambda history: bool(history.by_source), draw_specialisation),
     "positions": (lambda history: history.positions is not None, _positions),
+    "depth": (lambda history: bool(history.depths), draw_depth),
 }
 """Every figure by file name: whether a run has what it needs, and how it is drawn."""

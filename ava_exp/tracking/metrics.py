@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from ava_exp.tracking.depth import depth_statistics
 from ava_exp.tracking.experts import layer_statistics, overall_of, overall_statistics
 from ava_exp.tracking.files import restore_numbers, to_json, write_atomically
 
@@ -155,7 +156,8 @@ def metric_group(record: Record) -> str:
 
 
 def metric_values(record: Record) -> dict[str, float]:
-    """Return a record's numbers by tracker name: `train/loss`, `experts/layer_0/gini`, `eval/experts/overall/churn`."""
+    """Return a record's numbers by tracker name: `train/loss`, `experts/layer_0/gini`, `eval/experts/overall/churn`,
+    `depth/layer_1/usage`."""
     group = metric_group(record)
     values = {
         f"{group}/{name}": float(value)
@@ -170,7 +172,8 @@ def metric_values(record: Record) -> dict[str, float]:
             "overall": overall_statistics(layers)
         }
         values |= {f"{prefix}/{place}/{name}": value for place, layer in named.items() for name, value in layer.items()}
-    return values
+    prefix = "depth" if group == "train" else f"{group}/depth"
+    return values | {f"{prefix}/{name}": value for name, value in depth_statistics(record).items()}
 
 
 def describe_step(record: Record, total_steps: int) -> str:
@@ -184,6 +187,8 @@ def describe_step(record: Record, total_steps: int) -> str:
     ]
     if record.get("mfu") is not None:
         parts.append(f"MFU {record['mfu']:.1%}")
+    if record.get("layer_usage"):
+        parts.append(f"depth {record['average_depth']:.2f} of {len(record['layer_usage'])}")
     return "  ".join(parts + describe_routers(record))
 
 
@@ -197,10 +202,12 @@ def describe_routers(record: Record) -> list[str]:
 def describe_evaluation(record: Record) -> str:
     """Say an `eval` record in one line."""
     name = "final evaluation" if record.get("final") else f"evaluated at step {record['step']:,}"
-    churn = overall_of(record, "churn")
+    churn, noncausal = overall_of(record, "churn"), record.get("noncausal_loss")
     return (
         f"{name}: {record['bits_per_byte']:.3f} bits per byte, loss {record['loss']:.3f}, "
-        f"{record['token_accuracy']:.1%} right" + (f", churn {churn:.1%}" if churn is not None else "")
+        f"{record['token_accuracy']:.1%} right"
+        + (f", churn {churn:.1%}" if churn is not None else "")
+        + (f", loss {noncausal:.3f} with the choice of training" if noncausal is not None else "")
     )
 
 

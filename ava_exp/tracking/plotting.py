@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,8 @@ class History:
     baselines: dict[str, float]
     positions: PositionReport | None = None
     """Of a run that extended another's context."""
+    depths: list[Record] = field(default_factory=list)
+    """The evaluations that tell what tokens skip."""
 
 
 def read_history(folder: RunFolder) -> History:
@@ -65,6 +67,7 @@ def read_history(folder: RunFolder) -> History:
         evaluations=evaluations,
         routed=[record for record in train if record.get("expert_load")],
         by_source=[record for record in evaluations if record.get("source_load")],
+        depths=[record for record in evaluations if record.get("mod_layers")],
         baselines=folder.read_json("summary.json", {}).get("baselines") or {},
         positions=PositionReport.read(folder),
     )

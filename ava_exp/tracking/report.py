@@ -35,6 +35,8 @@ CAPTIONS = {
     "blue ones less. NMI is the mutual information of source and expert, 0 (unrelated) to 1.",
     "positions": "How surprised the model is by tokens at each place of a long text, before its context was extended "
     "and after, on the same text. Up to the dotted line it had been trained before.",
+    "depth": "How many tokens each layer processes where they may skip; below, which tokens skip: the share of layers "
+    "that they do not pass through, from the rarest to the most frequent fifth of the text, and by kind.",
 }
 
 
@@ -105,6 +107,7 @@ def render(run: RunFiles, figures: list[Path]) -> str:
         _figures(figures),
         _experts(run.records),
         _activations(run.records),
+        _depth(run.records),
         _samples(run.samples),
         _configuration(run),
         _origins(run),
@@ -193,6 +196,7 @@ def _numbers(run: RunFiles) -> str:
     values = [
         ("loss, nats/token", final.get("loss"), "{:.3f}"),
         ("perplexity", final.get("perplexity"), "{:,.1f}"),
+        ("loss, choice of training", final.get("noncausal_loss"), "{:.3f}"),
         ("next tokens right", final.get("token_accuracy"), "{:.1%}"),
         ("parameters", _given(format_count, parameters.get("total")), "{}"),
         ("active per token", _given(format_count, parameters.get("active")), "{}"),
@@ -269,6 +273,35 @@ def _experts(records: list[Record]) -> str:
         '<section class="card scroll">\n<p class="soft">Least and most used in units of the balanced share, '
         f"which is 1; a Gini coefficient of 0 and an entropy of 100% are a perfect balance.</p>\n"
         f"<table>\n{head}{rows}</table>\n</section>\n"
+    )
+
+
+def _depth(records: list[Record]) -> str:
+    """How many tokens passed through every layer at the end, while training and at inference."""
+    train = [record for record in of_kind(records, "train") if record.get("layer_usage")]
+    if not train:
+        return ""
+    seen = next((r for r in reversed(of_kind(records, "eval")) if r.get("mod_layers")), {})
+    at_inference, right = (
+        dict(zip(seen.get("mod_layers") or (), seen.get(name) or (), strict=False))
+        for name in ("processed_share", "predictor_accuracy")
+    )
+    rows = "".join(
+        f"<tr><th>{layer}</th>"
+        + "".join(
+            f'<td class="number">{"–" if share is None else f"{share:.1%}"}</td>'
+            for share in (usage, at_inference.get(layer), right.get(layer))
+        )
+        + "</tr>\n"
+        for layer, usage in enumerate(train[-1]["layer_usage"])
+    )
+    titles = ("layer", "processed while training", "processed of validation text", "predictor right")
+    head = "<tr>" + "".join(f"<th>{title}</th>" for title in titles) + "</tr>\n"
+    return (
+        f"<h2>Depth at step {train[-1]['step']:,}</h2>\n"
+        f'<section class="card scroll">\n<p class="soft">The average token passed through '
+        f"{train[-1]['average_depth']:.2f} of {len(train[-1]['layer_usage'])} layers, which saved "
+        f"{train[-1]['compute_savings']:.1%} of the FLOPs of a step.</p>\n<table>\n{head}{rows}</table>\n</section>\n"
     )
 
 

@@ -166,6 +166,8 @@ class PanelView(View):
             parts += [Text(), self._progress(), Text(), self._numbers()]
             if self.train.get("expert_load"):
                 parts += [Text(), self._experts(), self._routers()]
+            if self.train.get("layer_usage"):
+                parts += [Text(), self._depth()]
         else:
             parts.append(Text("waiting for the first step …", style="dim"))
         if self._events:
@@ -226,6 +228,19 @@ class PanelView(View):
             imbalance = f"{expert_summary(layers[layer])['imbalance']:.2f}"
             grid.add_row(Text(f"layer {layer}", style="dim"), _expert_blocks(layers[layer]), imbalance)
         return grid
+
+    def _depth(self) -> Text:
+        """Return how deep tokens go, what that saves, and the loss with the choice of training."""
+        train, noncausal = self.train, self.evaluation.get("noncausal_loss")
+        text = Text(no_wrap=True)
+        for name, value in (
+            ("depth", f"{train['average_depth']:.2f} of {len(train['layer_usage'])} layers"),
+            ("FLOPs saved", f"{train['compute_savings']:.1%}"),
+            ("loss with the choice of training", None if noncausal is None else f"{noncausal:.3f}"),
+        ):
+            if value is not None:
+                text.append(f"{name} ", "dim").append(f"{value}   ", "bold")
+        return text
 
     def _routers(self) -> Text:
         """Return dead experts, dropped visits where there are any, and churn once two evaluations could be compared."""

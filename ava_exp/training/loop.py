@@ -22,6 +22,7 @@ from ava_exp.models.decoder import Decoder
 from ava_exp.models.surgery import Surgeon, SurgeryReport
 from ava_exp.optim.schedules import Schedule
 from ava_exp.optim.update import Updater
+from ava_exp.training.depth import DepthTally
 from ava_exp.training.history import RoutingHistory
 from ava_exp.training.signals import SignalRequests
 from ava_exp.training.state import TrainState
@@ -45,7 +46,8 @@ class Trainer(ExpertSurgery):
     `sinks` receive every record as it happens; `evaluate(final)` measures the model, or returns None where a signal
     cut it short; `save(state)` keeps it.
     `surgeon` knows what was done to the model's experts before.
-    `peak_flops` (FLOP/s) and `flops` give the share of the peak that is used (MFU), by the visits that experts had.
+    `peak_flops` (FLOP/s) and `flops` give the share of the peak that is used (MFU), by the visits that experts had and
+    the tokens that layers processed.
     """
 
     def __init__(
@@ -80,13 +82,16 @@ class Trainer(ExpertSurgery):
         self.evaluate, self.save, self.sinks = evaluate, save, sinks
         self.device, self.backward = device or torch.device("cpu"), backward
         self.flops, self.peak_flops = flops, peak_flops
-        self.tally, self.visits = ExpertTally(), list[LayerVisits]()
+        self.tally, self.visits, self.depths = ExpertTally(), list[LayerVisits](), DepthTally()
+        self.compute_savings = 0.0
         self.surgeon = surgeon or Surgeon(model, updater)
 
     def fit(self, requests: SignalRequests | None = None) -> Outcome:
         """Train until the budget is spent, or until a signal asks to stop; then the state has been saved."""
         requests = requests or SignalRequests()
         self.model.train()
+        if self.state.mod_capacity is not None:
+            self.model.mod_capacity = self.state.mod_capacity  # what an evaluation that is made up for goes by
         made_up = self._make_up_for_evaluation()
         saved_step = None if made_up else self.state.step
         while self.state.step < self.total_steps and requests.stop is None:
@@ -109,6 +114,29 @@ class Trainer(ExpertSurgery):
         """Return what the routers did in the last step, by layer and in all: see `ExpertTally.statistics`."""
         return self.tally.statistics()
 
+    def get_mod_statistics(self) -> dict[str, Any]:
+        """Return what tokens skipped in the last step; empty for a model in which none may.
+
+        `capacity_factor` is the share of tokens that layers were to process, `tokens_processed` and `tokens_skipped`
+        count a token once for every layer that may be skipped, `average_depth` is how many layers the average token
+        went through, `per_layer_usage` the share of tokens that did, by layer. `compute_savings` is the share of the
+        step's FLOPs that was saved, 0 where they are not known.
+        """
+        if not self.depths.layers:
+            return {}
+        usage = self._usage()
+        return {
+            "capacity_factor": self.model.mod_capacity,
+            "tokens_processed": self.depths.num_processed,
+            "tokens_skipped": self.depths.num_skipped,
+            "average_depth": sum(usage),
+            "per_layer_usage": usage,
+            "compute_savings": self.compute_savings,
+        }
+
+    def _usage(self) -> list[float]:
+        return self.depths.usage(list(self.model.mod_layers()), len(self.model.blocks))
+
     def operate(self, operation: SurgeryOperation) -> SurgeryReport:
         """Do an operation on experts between two steps, and put it on record. Raises ConfigError when it cannot be."""
         if operation.operation is SurgeryKind.scale_load_balancing:
@@ -117,6 +145,7 @@ class Trainer(ExpertSurgery):
         report = self.surgeon.operate(operation, batches, step=self.state.step, device=self.device)
         if operation.operation not in SETTINGS:  # expert 3 may be another one now
             self.state.routing = RoutingHistory()
+        self.state.mod_capacity = self.model.mod_capacity
         self._emit(report.record(self.state.step))
         return report
 
@@ -147,7 +176,13 @@ class Trainer(ExpertSurgery):
         self.state.step += 1
         self.state.tokens += metrics.num_tokens
         self.state.elapsed_s += seconds
-        self.tally, self.visits = metrics.tally, metrics.tally.visits()
+        self.tally, self.visits, self.depths = metrics.tally, metrics.tally.visits(), metrics.depths
+        if self.depths.layers:
+            self.state.mod_capacity = self.model.mod_capacity
+        if self.flops is not None and self.depths.layers:
+            self.compute_savings = 1 - self._flops_of(self.flops, metrics) / (
+                metrics.num_tokens * self.flops.without_skips
+            )
         self.state.routing.add([layer.by_expert for layer in self.visits])
         if metrics.applied:
             self.state.skipped_in_a_row = 0
@@ -182,7 +217,7 @@ class Trainer(ExpertSurgery):
         }
         if metrics.head_counts:
             record["head_load"] = [(counts / counts.sum()).tolist() for counts in metrics.head_counts]
-        return record | self._routing_record()
+        return record | self._routing_record() | self._depth_record()
 
     def _routing_record(self) -> Record:
         visits = self.visits
@@ -195,11 +230,27 @@ class Trainer(ExpertSurgery):
             "dead_experts": self.state.routing.dead_experts(),
         }
 
+    def _depth_record(self) -> Record:
+        if not self.depths.layers:
+            return {}
+        usage = self._usage()
+        return {
+            "layer_usage": usage,
+            "average_depth": sum(usage),
+            "mod_capacity": self.model.mod_capacity,
+            "compute_savings": self.compute_savings,
+        }
+
+    def _flops_of(self, flops: StepFlops, metrics: StepMetrics) -> float:
+        num_visits = sum(layer.total for layer in self.visits)
+        layers = self.depths.layers
+        num_sequences = layers[0].num_tokens // self.loader.sequence_length if layers else 1
+        return flops.of(metrics.num_tokens, num_visits, [layer.num_processed for layer in layers], num_sequences)
+
     def _mfu(self, metrics: StepMetrics, seconds: float) -> float | None:
         if self.flops is None or self.peak_flops is None:
             return None
-        num_visits = sum(layer.total for layer in self.visits)
-        return self.flops.of(metrics.num_tokens, num_visits) / seconds / self.peak_flops
+        return self._flops_of(self.flops, metrics) / seconds / self.peak_flops
 
     def _evaluate(self, final: bool) -> None:
         if self.evaluate is None:
@@ -224,10 +275,12 @@ class Trainer(ExpertSurgery):
                 "tokens": result.tokens,
                 "seconds": result.seconds,
                 "final": final,
+                **_noncausal(result),
                 **routing,
                 **activations,
                 **{f"future_accuracy_{head}": each.accuracy for head, each in enumerate(result.future, start=1)},
                 **{f"future_acceptance_{head}": each.acceptance for head, each in enumerate(result.future, start=1)},
+                **(result.depth.record() if result.depth is not None else {}),
             }
         )
 
@@ -241,6 +294,12 @@ class Trainer(ExpertSurgery):
 
     def _is_due(self, interval: int | None) -> bool:
         return interval is not None and self.state.step % interval == 0
+
+
+def _noncausal(result: LanguageMetrics) -> Record:
+    if result.noncausal_loss is None:
+        return {}
+    return {"noncausal_loss": result.noncausal_loss, "noncausal_perplexity": result.noncausal_perplexity}
 
 
 def measure_seconds_per_step(trainer: Trainer, num_steps: int = 16) -> Iterator[float]:

@@ -21,6 +21,8 @@ class TrainState:
     loss_scale_good_steps: int = 0
     evaluations: dict[int, float] = field(default_factory=dict)
     """Validation loss by step."""
+    mod_capacity: float | None = None
+    """The share of tokens that layers processed in the last step; None where none may be skipped."""
     routing: RoutingHistory = field(default_factory=RoutingHistory, compare=False)
     """Tensors, which are no part of the JSON."""
 

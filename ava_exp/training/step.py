@@ -12,12 +12,14 @@ from ava_exp.data.loader import IGNORED, Batch
 from ava_exp.losses.terms import LossTerm, StepContext
 from ava_exp.models.decoder import Decoder
 from ava_exp.optim.update import Updater
+from ava_exp.training.depth import DepthTally
 from ava_exp.training.tally import ExpertTally
 
 
 @dataclass(kw_only=True, slots=True)
 class StepMetrics:
-    """What one step did. `losses` are unweighted means over the step; `tally` is what its routers did."""
+    """What one step did. `losses` are unweighted means over the step; `tally` is what its routers did, `depths` what
+    tokens skipped."""
 
     losses: dict[str, float]
     grad_norm: float
@@ -26,6 +28,7 @@ class StepMetrics:
     tally: ExpertTally
     head_counts: list[Tensor] = field(default_factory=list)
     """By layer with a mixture of heads, how many tokens chose each of the routed ones, (R,) int64."""
+    depths: DepthTally = field(default_factory=DepthTally)
 
 
 def train_step(
@@ -42,19 +45,22 @@ def train_step(
 ) -> StepMetrics:
     """Accumulate the gradient of the weighted terms over `micro_batches`, apply it once, and let routers adapt.
 
-    `progress` is the share of the budget that is spent, on which the weights of terms may depend.
+    `progress` is the share of the budget that is spent, on which the weights of terms may depend, and the share of
+    tokens that layers process.
     """
+    model.anneal(progress)
     num_tokens = sum(int((batch.labels != IGNORED).sum()) for batch in micro_batches)
     sums = torch.zeros(len(terms), device=device)
     weighted = [(term, term.weight_at(progress)) for term in terms]
     weights = torch.tensor([weight for _, weight in weighted], device=device)
-    tally, head_counts = ExpertTally(), list[Tensor]()
+    tally, depths, head_counts = ExpertTally(), DepthTally(), list[Tensor]()
     for batch in micro_batches:
         input_ids = batch.input_ids.to(device, non_blocking=True)
         output = model(input_ids, **batch.masks_on(device))
         labels = batch.labels.to(device, non_blocking=True)
         tally.add(output.routings)
         head_counts = _added(head_counts, [routing.counts for routing in output.head_routings])
+        depths.add(output.depths)
         context = StepContext(
             num_tokens=num_tokens,
             loss_scale=updater.loss_scale.scale,
@@ -71,7 +77,13 @@ def train_step(
         tally.adapt(model)
     losses = {term.name: value for term, value in zip(terms, sums.tolist(), strict=True)}
     return StepMetrics(
-        losses=losses, grad_norm=norm, applied=applied, num_tokens=num_tokens, tally=tally, head_counts=head_counts
+        losses=losses,
+        grad_norm=norm,
+        applied=applied,
+        num_tokens=num_tokens,
+        tally=tally,
+        head_counts=head_counts,
+        depths=depths,
     )
 
 

@@ -63,6 +63,10 @@ class ExpertSurgery(ABC):
         """Change what the weight of the balance loss is multiplied by; the weight itself may go on moving."""
         return self._operate(SurgeryKind.scale_load_balancing, layer_idx, value=factor)
 
+    def adjust_mod_capacity(self, capacity_factor: float) -> SurgeryReport:
+        """Change the share of tokens that layers process, above 0 and at most 1; annealing then changes it no more."""
+        return self._operate(SurgeryKind.adjust_mod_capacity, None, value=capacity_factor)
+
     def _operate(self, kind: SurgeryKind, layer: int | None, **details: Any) -> SurgeryReport:
         return self.operate(SurgeryOperation(operation=kind, layer=layer, **details))
 

@@ -78,7 +78,8 @@ class LayerVisits:
 
     @property
     def per_token(self) -> float:
-        return self.total / self.num_tokens
+        """Visits of a token that the layer processed."""
+        return self.total / max(1, self.num_tokens)
 
 
 class ExpertTally:

@@ -69,6 +69,17 @@ ROUTING = (
     "source_load",
     "source_information",
 )
+DEPTH = (
+    "layer_usage",
+    "mod_capacity",
+    "mod_predictor_loss",
+    "compute_savings",
+    "noncausal_loss",
+    "processed_share",
+    "predictor_accuracy",
+    "skipped_by_frequency",
+    "skipped_by_kind",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +111,7 @@ def observed(folder: Path) -> Observed:
     records = []
     for record in read_metrics(folder / "metrics.jsonl"):
         numbers = [float(record[name]).hex() for name in NUMBERS if name in record]
-        routing = [json.dumps(record[name]) for name in ROUTING if name in record]
+        routing = [json.dumps(record[name]) for name in (*ROUTING, *DEPTH) if name in record]
         records.append((record["kind"], record["step"], record.get("sample_crc32"), *numbers, *routing))
     return Observed(records, final_state(list_checkpoints(folder / "checkpoints")[-1]))
 

@@ -87,6 +87,19 @@ def test_prediction_heads_go_on_too(tmp_path: Path) -> None:
     assert {name.split(".")[1] for name in tensors if name.startswith("prediction_heads.")} == {"0", "1", "2"}
 
 
+@pytest.mark.parametrize("mod", ["learned", "static", "random"])
+def test_depth_goes_on_falling_and_choosing_where_it_was(tmp_path: Path, mod: str) -> None:
+    """Stopped while the capacity falls; random choices go on with the generator's state."""
+    settings = (f"mod={mod}", "mod.capacity_factor=0.25", "mod.annealing_ratio=0.8", "mod.layers=alternating")
+    experiment = Experiment(output_dir=tmp_path, overrides=settings)
+    assert experiment.run(stop_at(5)).code == EXIT_RESUMABLE
+    assert experiment.run(stop_at(2)).code == EXIT_RESUMABLE
+    assert experiment.finish() == uninterrupted(*settings)
+    steps = of_kind(read_metrics(experiment.folder.metrics), "train")
+    capacities = [step["mod_capacity"] for step in steps]
+    assert capacities[0] == 1.0 and capacities[-2:] == [0.25, 0.25] and capacities == sorted(capacities, reverse=True)
+
+
 def test_routers_are_watched_as_if_nothing_had_happened(tmp_path: Path) -> None:
     """Churn, dead experts and specialisation, also when the stop comes while an evaluation is due."""
     files = ",".join(str(harness().folder / "corpus" / f"{number:02d}.txt") for number in range(24))

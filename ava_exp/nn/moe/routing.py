@@ -34,6 +34,37 @@ class Routing:
     """How much more, or less, the balance loss weighs in this layer."""
     ragged: bool = False
     """Whether an id may be -1."""
+    token_ids: Tensor | None = None
+    """Shape (N,), int64: which of the B · T tokens of the batch these are, where others skip the layer; None is all."""
+
+    @classmethod
+    def of_nobody(cls, num_experts: int, device: torch.device) -> Routing:
+        """Return what there is to say where every token skips the layer."""
+        none = torch.empty(0, 1, dtype=torch.int64, device=device)
+        scores = torch.empty(0, num_experts, device=device)
+        counts = torch.zeros(num_experts, dtype=torch.int64, device=device)
+        return cls(
+            expert_ids=none,
+            weights=torch.empty(0, 1, device=device),
+            counts=counts,
+            chosen_counts=counts,
+            affinities=scores,
+            probabilities=scores,
+            preferences=scores,
+            ragged=True,
+            token_ids=none.squeeze(1),
+        )
+
+    def of_tokens(self, values_N: Tensor) -> Tensor:
+        """Return the values of these tokens, given those of all B · T."""
+        return values_N if self.token_ids is None else values_N[self.token_ids]
+
+    def expert_ids_of_all(self, num_tokens: int) -> Tensor:
+        """Return the experts of all B · T tokens, (B · T, k): -1 throughout for a token that skips the layer."""
+        if self.token_ids is None:
+            return self.expert_ids
+        ids = self.expert_ids.new_full((num_tokens, self.expert_ids.shape[1]), -1)
+        return ids.index_copy_(0, self.token_ids, self.expert_ids)
 
 
 def count_visits(expert_ids_Nk: Tensor, num_experts: int) -> Tensor:

@@ -20,6 +20,7 @@ def test_every_field_comes_back_through_json() -> None:
         loss_scale=2.0**15,
         loss_scale_good_steps=5,
         evaluations={3: 1 / 3, 12: 0.1},
+        mod_capacity=0.7,
     )
     default = TrainState()
     fields = [field.name for field in dataclasses.fields(state) if field.name != "routing"]
