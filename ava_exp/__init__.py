@@ -18,14 +18,19 @@ _MODULES = {
     "FileTokenizerConfig": "config.data",
     "FilesConfig": "config.data",
     "StdlibConfig": "config.data",
+    "LossConfig": "config.loss",
+    "GenerationSettings": "config.generation",
     "Activation": "config.model",
     "DenseConfig": "config.model",
     "GroupedAttentionConfig": "config.attention",
+    "MixedActivation": "config.model",
     "MixtureOfHeadsConfig": "config.attention",
     "MultiLevelAttentionConfig": "config.attention",
     "MoEConfig": "config.model",
     "ModelConfig": "config.model",
     "Norm": "config.model",
+    "RopeScaling": "config.model",
+    "MultiTokenConfig": "config.prediction",
     "DeepSeekRouterConfig": "config.router",
     "DynamicRouterConfig": "config.router",
     "ExpertChoiceRouterConfig": "config.router",
@@ -50,7 +55,12 @@ _MODULES = {
     "prepare_data": "data.prepare",
     "UserError": "errors",
     "evaluate_language": "evaluation.language",
+    "evaluate_by_position": "evaluation.positions",
+    "generate": "generation.generate",
     "sample_tokens": "generation.sampling",
+    "stream": "generation.sampling",
+    "SpeculationStatistics": "generation.speculative",
+    "speculate_tokens": "generation.speculative",
     "LossTerm": "losses.terms",
     "StepContext": "losses.terms",
     "build_losses": "losses.terms",
@@ -74,11 +84,16 @@ if TYPE_CHECKING:
     from ava_exp.config.data import FilesConfig as FilesConfig
     from ava_exp.config.data import FileTokenizerConfig as FileTokenizerConfig
     from ava_exp.config.data import StdlibConfig as StdlibConfig
+    from ava_exp.config.generation import GenerationSettings as GenerationSettings
+    from ava_exp.config.loss import LossConfig as LossConfig
     from ava_exp.config.model import Activation as Activation
     from ava_exp.config.model import DenseConfig as DenseConfig
+    from ava_exp.config.model import MixedActivation as MixedActivation
     from ava_exp.config.model import ModelConfig as ModelConfig
     from ava_exp.config.model import MoEConfig as MoEConfig
     from ava_exp.config.model import Norm as Norm
+    from ava_exp.config.model import RopeScaling as RopeScaling
+    from ava_exp.config.prediction import MultiTokenConfig as MultiTokenConfig
     from ava_exp.config.router import DeepSeekRouterConfig as DeepSeekRouterConfig
     from ava_exp.config.router import DynamicRouterConfig as DynamicRouterConfig
     from ava_exp.config.router import ExpertChoiceRouterConfig as ExpertChoiceRouterConfig
@@ -103,7 +118,12 @@ if TYPE_CHECKING:
     from ava_exp.data.prepare import prepare_data as prepare_data
     from ava_exp.errors import UserError as UserError
     from ava_exp.evaluation.language import evaluate_language as evaluate_language
+    from ava_exp.evaluation.positions import evaluate_by_position as evaluate_by_position
+    from ava_exp.generation.generate import generate as generate
     from ava_exp.generation.sampling import sample_tokens as sample_tokens
+    from ava_exp.generation.sampling import stream as stream
+    from ava_exp.generation.speculative import SpeculationStatistics as SpeculationStatistics
+    from ava_exp.generation.speculative import speculate_tokens as speculate_tokens
     from ava_exp.losses.terms import LossTerm as LossTerm
     from ava_exp.losses.terms import StepContext as StepContext
     from ava_exp.losses.terms import build_losses as build_losses

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+import math
+from dataclasses import dataclass, field
 from enum import Enum
 
 from omegaconf import MISSING
@@ -18,10 +20,31 @@ class Norm(Enum):
 
 
 class Activation(Enum):
-    """Feed-forward network: two projections around GELU, or the gated three of SwiGLU."""
+    """Feed-forward network: two projections around GELU or what a layer learns, or the gated three of SwiGLU."""
 
     gelu = "gelu"
     swiglu = "swiglu"
+    mixture = "mixture"
+    hard_mixture = "hard_mixture"
+
+
+class MixedActivation(Enum):
+    """What a mixture of activations may hold."""
+
+    gelu = "gelu"
+    silu = "silu"
+    relu = "relu"
+    tanh = "tanh"
+    identity = "identity"
+
+
+class RopeScaling(Enum):
+    """How rotary positions are scaled, so that a model reads longer texts than it was trained on."""
+
+    none = "none"
+    linear = "linear"
+    ntk = "ntk"
+    yarn = "yarn"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -29,7 +52,8 @@ class ModelConfig:
     """Dimensions of a pre-norm decoder.
 
     `num_kv_heads`, `head_dim` and `intermediate_size` left null take the usual value: as many as `num_heads`,
-    `hidden_size / num_heads`, and for SwiGLU 8/3 of the hidden size rounded up to 256 (4 × for GELU).
+    `hidden_size / num_heads`, and for SwiGLU 8/3 of the hidden size rounded up to 256 (4 × for the others). Of
+    `rope_scaling_factor` and `original_max_position_embeddings` one follows from the other.
     """
 
     preset: str = "custom"
@@ -54,9 +78,29 @@ class ModelConfig:
     """
     max_position_embeddings: int = 2048
     activation: Activation = Activation.swiglu
+    mixed_activations: list[MixedActivation] = field(
+        default_factory=lambda: [
+            MixedActivation.gelu,
+            MixedActivation.silu,
+            MixedActivation.relu,
+            MixedActivation.tanh,
+        ]
+    )
+    """What `mixture` mixes and `hard_mixture` chooses from."""
     norm: Norm = Norm.rms
     norm_epsilon: float = 1e-5
     rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling = RopeScaling.none
+    rope_scaling_factor: float | None = None
+    """How many times longer than before a text may be; null is `max_position_embeddings` over the original ones."""
+    original_max_position_embeddings: int | None = None
+    """Length of the texts before scaling; null is `max_position_embeddings` over the factor."""
+    yarn_beta_fast: float = 32.0
+    """YaRN keeps the frequency of channels that turn at least so often in a text of the original length."""
+    yarn_beta_slow: float = 1.0
+    """YaRN interpolates the positions of channels that turn at most so often."""
+    yarn_attention_factor: float | None = None
+    """What YaRN multiplies queries and keys by; null is 0.1 ln(factor) + 1."""
     tie_embeddings: bool = True
     bias: bool = False
     dropout: float = 0.0
@@ -74,6 +118,38 @@ class ModelConfig:
                 self.intermediate_size = -(-8 * self.hidden_size // (3 * 256)) * 256
             else:
                 self.intermediate_size = 4 * self.hidden_size
+        self._complete_rope_scaling()
+
+    def scaled(self, kind: RopeScaling, original_length: int, length: int) -> ModelConfig:
+        """Return the same model for texts of `length` tokens, where those of its training had `original_length`."""
+        is_scaled = kind is not RopeScaling.none
+        return dataclasses.replace(
+            self,
+            max_position_embeddings=length,
+            rope_scaling=kind,
+            rope_scaling_factor=length / original_length if is_scaled else None,
+            original_max_position_embeddings=original_length if is_scaled else None,
+        )
+
+    def _complete_rope_scaling(self) -> None:
+        """Take the factor from the lengths, or the original length from the factor, where one of them is given."""
+        length, original, factor = (
+            self.max_position_embeddings,
+            self.original_max_position_embeddings,
+            self.rope_scaling_factor,
+        )
+        if self.rope_scaling is RopeScaling.none or length < 1:
+            return
+        if factor is None and original is not None and original > 0:
+            self.rope_scaling_factor = length / original
+        elif original is None and factor is not None and factor >= 1:
+            self.original_max_position_embeddings = math.ceil(length / factor)
+
+    @property
+    def num_mixed_activations(self) -> int:
+        """Activations that every feed-forward network weighs: 0 where it has a given one."""
+        is_mixture = self.activation in (Activation.mixture, Activation.hard_mixture)
+        return len(self.mixed_activations) if is_mixture else 0
 
 
 class SharedProjection(Enum):

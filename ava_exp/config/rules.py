@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from ava_exp.config import generation
 from ava_exp.config.attention import AttentionBackend, MixtureOfHeadsConfig, MultiLevelAttentionConfig
 from ava_exp.config.data import BPEConfig
 from ava_exp.config.faults import Fault, Rule, Severity, error
 from ava_exp.config.machine import Precision
-from ava_exp.config.model import MoEConfig
+from ava_exp.config.model import MoEConfig, RopeScaling
+from ava_exp.config.prediction import MultiTokenConfig
 from ava_exp.config.router import (
     DeepSeekRouterConfig,
     ExpertChoiceRouterConfig,
@@ -23,7 +25,7 @@ from ava_exp.config.router import (
     balanced_divisor,
 )
 from ava_exp.config.run import RunConfig
-from ava_exp.config.stage import SurgeryConfig
+from ava_exp.config.stage import GenerateConfig, SurgeryConfig
 from ava_exp.config.surgery import faults_of
 from ava_exp.config.training import AdamWConfig, Recompute, WSDConfig
 
@@ -65,11 +67,14 @@ BOUNDS = (
             "model.head_dim",
             "model.intermediate_size",
             "model.max_position_embeddings",
+            "model.original_max_position_embeddings",
+            "model.rope_scaling_factor",
             "model.num_experts",
             "model.claimed_parameters",
             "model.claimed_active_parameters",
             "sparsity.num_experts",
             "sparsity.intermediate_size",
+            "prediction.head_width",
             "sparsity.router.moe_top_k",
             "sparsity.router.num_iterations",
             "sparsity.router.num_groups",
@@ -81,6 +86,7 @@ BOUNDS = (
             "data.sequence_length",
             "tokenizer.min_frequency",
             "schedule.num_cycles",
+            "loss.repetition_ngram_size",
             "hardware.batch_size",
             "hardware.num_devices",
             "hardware.num_threads",
@@ -95,7 +101,10 @@ BOUNDS = (
             "evaluation.max_tokens",
             "checkpoint.save_every_n_batches",
             "stage.max_new_tokens",
+            "stage.num_beams",
+            "stage.num_samples",
             "stage.max_tokens",
+            "stage.sequence_length",
         ),
     ),
     Bound(
@@ -104,6 +113,9 @@ BOUNDS = (
         (
             "model.norm_epsilon",
             "model.rope_theta",
+            "model.yarn_beta_fast",
+            "model.yarn_beta_slow",
+            "model.yarn_attention_factor",
             "model.initializer_range",
             "sparsity.capacity_factor",
             "sparsity.router.routing_temperature",
@@ -111,6 +123,7 @@ BOUNDS = (
             "sparsity.router.average_experts",
             "model.learning_rate",
             "optimizer.learning_rate",
+            "stage.learning_rate",
             "optimizer.epsilon",
             "model.claimed_memory_gb",
             "hardware.memory_gib",
@@ -128,6 +141,7 @@ BOUNDS = (
             "budget.default_seconds",
             "budget.chinchilla_multiplier",
             "training.gradient_clip_val",
+            "stage.repetition_penalty",
         ),
     ),
     Bound(
@@ -147,7 +161,14 @@ BOUNDS = (
             "sparsity.router.sequence_balance_weight",
             "sparsity.router.routing_entropy_weight",
             "sparsity.router.bias_update_rate",
+            "loss.z_loss_weight",
+            "loss.immediate_repetition_weight",
+            "loss.repetition_penalty_weight",
+            "loss.entropy_regularization",
+            "loss.output_diversity_weight",
             "optimizer.weight_decay",
+            "prediction.num_prediction_heads",
+            "prediction.mtp_weight",
             "schedule.warmup_steps",
             "schedule.warmup_tokens",
             "data.max_bad_rows",
@@ -155,6 +176,8 @@ BOUNDS = (
             "checkpoint.save_total_limit",
             "stage.temperature",
             "stage.top_k",
+            "stage.no_repeat_ngram_size",
+            "stage.length_penalty",
             "stage.layer",
             "stage.expert",
             "stage.other",
@@ -168,13 +191,24 @@ BOUNDS = (
             "model.dropout",
             "attention.attention_dropout",
             "sparsity.expert_dropout",
+            "loss.label_smoothing",
             "sparsity.router.jitter",
             "sparsity.router.whole_expert_dropout",
             "sparsity.router.threshold_momentum",
             "schedule.warmup_ratio",
         ),
     ),
-    Bound("between 0 and 1", lambda value: 0 <= value <= 1, ("schedule.min_lr_ratio", "schedule.decay_ratio")),
+    Bound(
+        "between 0 and 1",
+        lambda value: 0 <= value <= 1,
+        (
+            "schedule.min_lr_ratio",
+            "schedule.decay_ratio",
+            "prediction.confidence_threshold",
+            "prediction.confidence_threshold_train",
+            "stage.confidence_threshold",
+        ),
+    ),
     Bound("above 0 and below 1", lambda value: 0 < value < 1, ("data.validation_fraction",)),
     Bound(
         "above 0 and at most 1",
@@ -263,6 +297,12 @@ def _levels_have_windows(config: RunConfig) -> Iterator[Fault]:
         yield error("attention.num_levels", expected, attention.num_levels)
 
 
+def _mixture_has_activations(config: RunConfig) -> Iterator[Fault]:
+    names = [activation.name for activation in config.model.mixed_activations]
+    if not names or len(set(names)) < len(names):
+        yield error("model.mixed_activations", "at least one activation, none of them twice", names)
+
+
 def _router_fits_the_experts(config: RunConfig) -> Iterator[Fault]:
     sparsity = config.sparsity
     if not isinstance(sparsity, MoEConfig):
@@ -335,6 +375,52 @@ def _sequence_fits_positions(config: RunConfig) -> Iterator[Fault]:
         yield error("data.sequence_length", expected, config.data.sequence_length)
 
 
+def _rope_scaling_is_whole(config: RunConfig) -> Iterator[Fault]:
+    model = config.model
+    factor, original, length = (
+        model.rope_scaling_factor,
+        model.original_max_position_embeddings,
+        model.max_position_embeddings,
+    )
+    if model.rope_scaling is RopeScaling.none:
+        for name in ("rope_scaling_factor", "original_max_position_embeddings"):
+            if (value := getattr(model, name)) is not None:
+                yield error(f"model.{name}", "null without `model.rope_scaling`", value, "Choose one, such as `yarn`.")
+        return
+    if factor is None or original is None:
+        expected = "given, or `model.original_max_position_embeddings`, with `model.rope_scaling`"
+        yield error("model.rope_scaling_factor", expected, factor)
+        return
+    if original > length:
+        expected = f"at most `model.max_position_embeddings` ({length})"
+        yield error("model.original_max_position_embeddings", expected, original)
+    if length > math.ceil(original * factor):
+        message = (
+            f"`model.max_position_embeddings` is {length}, but {original} positions scaled by {factor:g} are fewer."
+        )
+        yield Fault(Severity.warning, "model.max_position_embeddings", message, "Beyond those nothing was ever tried.")
+
+
+def _yarn_constants_have_a_meaning(config: RunConfig) -> Iterator[Fault]:
+    model, given = config.model, config.model.yarn_attention_factor
+    if model.rope_scaling is not RopeScaling.yarn:
+        if given is not None:
+            yield error("model.yarn_attention_factor", "null unless `model.rope_scaling` is `yarn`", given)
+        return
+    if model.yarn_beta_fast <= model.yarn_beta_slow:
+        expected = f"above `model.yarn_beta_slow` ({model.yarn_beta_slow:g})"
+        yield error("model.yarn_beta_fast", expected, model.yarn_beta_fast)
+    if model.rope_theta <= 1:
+        yield error("model.rope_theta", "above 1 with `model.rope_scaling=yarn`", model.rope_theta)
+
+
+def _prediction_heads_see_their_labels(config: RunConfig) -> Iterator[Fault]:
+    prediction, length = config.prediction, config.data.sequence_length
+    if isinstance(prediction, MultiTokenConfig) and prediction.num_prediction_heads >= length:
+        expected = f"below `data.sequence_length` ({length}), so that every head has a token to predict"
+        yield error("prediction.num_prediction_heads", expected, prediction.num_prediction_heads)
+
+
 def _vocabulary_holds_the_tokens(config: RunConfig) -> Iterator[Fault]:
     if not isinstance(config.tokenizer, BPEConfig):
         return
@@ -358,6 +444,29 @@ def _surgery_is_whole(config: RunConfig) -> Iterator[Fault]:
     if isinstance(config.stage, SurgeryConfig):
         for name, expected, value in faults_of(config.stage):
             yield error(f"stage.{name}", expected, value)
+
+
+def _generation_is_whole(config: RunConfig) -> Iterator[Fault]:
+    if isinstance(config.stage, GenerateConfig):
+        for name, expected, value in generation.faults_of(config.stage):
+            yield error(f"stage.{name}", expected, value)
+
+
+PLAIN_GENERATION = {
+    "prompt_file": None,
+    "num_beams": 1,
+    "num_samples": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+}
+
+
+def _speculation_is_of_one_text(config: RunConfig) -> Iterator[Fault]:
+    if isinstance(config.stage, GenerateConfig) and config.stage.speculative:
+        for name, plain in PLAIN_GENERATION.items():
+            if (value := getattr(config.stage, name)) != plain:
+                expected = f"{'null' if plain is None else f'{plain:g}'} with `stage.speculative`"
+                yield error(f"stage.{name}", expected, value, "One text is written as the model has it.")
 
 
 def _schedule_fits(config: RunConfig) -> Iterator[Fault]:
@@ -402,13 +511,19 @@ RULES: tuple[Rule, ...] = (
     _heads_are_enough,
     _levels_have_windows,
     _flexible_attention_drops_nothing,
+    _mixture_has_activations,
     _router_fits_the_experts,
     _capacity_has_a_meaning,
     _dense_layers_leave_some,
     _sequence_fits_positions,
+    _rope_scaling_is_whole,
+    _yarn_constants_have_a_meaning,
+    _prediction_heads_see_their_labels,
     _vocabulary_holds_the_tokens,
     _betas_are_two_ratios,
     _surgery_is_whole,
+    _generation_is_whole,
+    _speculation_is_of_one_text,
     _schedule_fits,
     _budget_is_usual,
     _only_bf16_rounds_stochastically,

@@ -49,6 +49,8 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    init_from: str | None = None
+    """The run whose weights this one starts from: a name, a path or `latest`, its newest checkpoint; or `NAME@STEP`."""
     resume: str = "auto"
     """`auto` goes on with this run if it was started, `never` starts a new attempt, a path starts from a checkpoint."""
     reset_optimizer: bool = False

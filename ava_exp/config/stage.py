@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import ClassVar
 
 from ava_exp.config.base import ComponentConfig
+from ava_exp.config.generation import GenerationSettings
+from ava_exp.config.model import RopeScaling
 from ava_exp.config.surgery import SurgeryOperation
 
 
@@ -51,32 +54,68 @@ class PretrainConfig(StageConfig):
     name: ClassVar[str] = "pretrain"
 
 
+class PositionBins(Enum):
+    """Positions that are looked at together: sixteen stretches of one width, or each as long as all before."""
+
+    equal = "equal"
+    doubling = "doubling"
+
+
 @dataclass(kw_only=True, slots=True)
 class EvaluateConfig(StageConfig):
-    """Evaluate a trained run on its validation split. `run` null is the run that this command line trains."""
+    """Evaluate a trained run on its validation split. `run` null is the run that this command line trains.
+
+    `sequence_length` null is the length that the run was trained on. Beyond the model's `max_position_embeddings` one
+    has to say by `rope_scaling` what becomes of its positions; `none` leaves them as they are.
+    """
 
     builds: ClassVar[str] = "ava_exp.stages.evaluate:run"
     name: ClassVar[str] = "evaluate"
 
     run: str | None = None
     max_tokens: int | None = None
+    sequence_length: int | None = None
+    rope_scaling: RopeScaling | None = None
+    by_position: bool = False
+    """Tell the perplexity at every place of the text, as a table, a JSON file and a figure in the run's folder."""
+    position_bins: PositionBins = PositionBins.equal
 
 
 @dataclass(kw_only=True, slots=True)
-class GenerateConfig(StageConfig):
-    """Continue `prompt` with a trained run. `run` null is the run that this command line trains."""
+class ExtendContextConfig(StageConfig):
+    """Teach a trained run to read longer texts: scale its positions, train on, compare before and after.
+
+    What is trained is a run of its own. The model, its data, tokenizer, precision and optimizer are those of `run`.
+    """
+
+    builds: ClassVar[str] = "ava_exp.stages.extend_context:run"
+    name: ClassVar[str] = "extend_context"
+
+    run: str = "latest"
+    sequence_length: int = 4096
+    rope_scaling: RopeScaling = RopeScaling.yarn
+    learning_rate: float | None = None
+    """Null is 0.3 of the run's peak."""
+    max_tokens: int | None = 100_000
+    """Validation tokens that each measurement reads."""
+
+
+@dataclass(kw_only=True, slots=True)
+class GenerateConfig(GenerationSettings, StageConfig):
+    """Continue `prompt`, or each line of `prompt_file`, with a trained run. `run` null is the run that this command
+    line trains."""
 
     builds: ClassVar[str] = "ava_exp.stages.generate:run"
     name: ClassVar[str] = "generate"
 
     run: str | None = None
     prompt: str = "def __init__(self"
-    max_new_tokens: int = 200
-    temperature: float = 0.8
-    top_k: int = 0
-    """0 keeps the whole vocabulary."""
-    top_p: float = 0.9
-    generation_seed: int = 0
+    prompt_file: str | None = None
+    """Prompts, one a line, in place of `prompt`."""
+    speculative: bool = False
+    """Let the run's prediction heads draft: the same text in greedy decoding, the same distribution in sampling."""
+    confidence_threshold: float | None = None
+    """Draft while a head is at least as sure; null takes the run's `prediction.confidence_threshold`."""
 
 
 @dataclass(kw_only=True, slots=True)

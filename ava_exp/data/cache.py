@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
+from ava_exp.disk import sync
 from ava_exp.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
         if folder.exists():
             shutil.rmtree(folder)
         temporary.rename(folder)
-        _fsync(folder.parent)
+        sync(folder.parent)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise DataError(f"{folder} cannot be written: {error.strerror}. Choose another `cache_dir`.") from error
@@ -91,13 +92,5 @@ def _synchronize(folder: Path) -> None:
     """Bring a folder's files, its subfolders and itself to the disk."""
     for path, _, names in os.walk(folder, topdown=False):
         for name in names:
-            _fsync(Path(path, name))
-        _fsync(Path(path))
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            sync(Path(path, name))
+        sync(Path(path))

@@ -1,14 +1,19 @@
-"""Sampling from a decoder, one token at a time, with a key/value cache."""
+"""Sampling and greedy search: one token for every sequence at a time, with a key/value cache."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from ava_exp.errors import UserError, must_be
+from ava_exp.config.generation import GenerationSettings
+from ava_exp.generation.batch import check_prompts, check_settings, prepared, read_prompts, room_for
+from ava_exp.generation.history import History
 from ava_exp.models.decoder import Decoder
+
+SEED_STEP = 1_000_003
+"""Between the seeds of a prompt's samples; the first has the seed itself."""
 
 
 def filter_logits(logits_BV: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
@@ -27,15 +32,73 @@ def filter_logits(logits_BV: Tensor, temperature: float, top_k: int, top_p: floa
     return logits
 
 
+def pick(scores_RV: Tensor, settings: GenerationSettings, generators: Sequence[torch.Generator]) -> Tensor:
+    """Return a token for each of R sequences, (R,): the best at temperature 0, else a draw of its own generator.
+
+    A draw is the first to come of exponential races, which is what `torch.multinomial` does for one row.
+    """
+    if settings.temperature == 0:
+        return scores_RV.argmax(dim=-1)
+    kept = filter_logits(scores_RV, settings.temperature, settings.top_k, settings.top_p)
+    probabilities_RV = kept.softmax(dim=-1)
+    races_RV = torch.empty_like(probabilities_RV)
+    for race_V, generator in zip(races_RV, generators, strict=True):
+        race_V.exponential_(generator=generator)
+    return (probabilities_RV / races_RV).argmax(dim=-1)
+
+
 @torch.inference_mode()
+def decode(
+    model: Decoder, prompts: Sequence[Sequence[int]], settings: GenerationSettings, stop_id: int | None
+) -> Iterator[list[tuple[int, int]]]:
+    """Yield, step by step, the new token of each sequence that is not at its end: (sequence, token).
+
+    The samples of a prompt stand next to each other. What a sequence becomes depends on its prompt, the seed and the
+    sample's number, and on nothing else in the batch; one that ends leaves the batch. `stop_id` is not yielded.
+    """
+    check_settings(settings)
+    check_prompts(model, prompts)
+    device, num_samples = model.embedding.weight.device, settings.num_samples
+    with prepared(model, settings.max_new_tokens) as head:
+        rooms = [room_for(model, prompt, settings) for prompt in prompts for _ in range(num_samples)]
+        capacity = max(len(prompt) + room_for(model, prompt, settings) for prompt in prompts)
+        last_RD, cache = read_prompts(model, prompts, capacity)
+        logits_RV = head(last_RD)
+        history = History(prompts, logits_RV.shape[1], settings, device)
+        sequences = list(range(len(rooms)))
+        if num_samples > 1:
+            rows = torch.arange(len(prompts), device=device).repeat_interleave(num_samples)
+            logits_RV = logits_RV[rows]
+            cache.select(rows)
+            history.select(rows)
+        seeds = [settings.generation_seed + SEED_STEP * (sequence % num_samples) for sequence in sequences]
+        generators = [torch.Generator(device=device).manual_seed(seed) for seed in seeds]
+        for step in range(1, max(rooms) + 1):
+            tokens_R = pick(history.penalize(logits_RV), settings, [generators[s] for s in sequences])
+            new = list(zip(sequences, tokens_R.tolist(), strict=True))
+            yield [(sequence, token) for sequence, token in new if token != stop_id]
+            going = [row for row, (sequence, token) in enumerate(new) if token != stop_id and step < rooms[sequence]]
+            if not going:
+                return
+            history.append(tokens_R)
+            if len(going) < len(new):
+                rows = torch.tensor(going, device=device)
+                sequences, tokens_R = [sequences[row] for row in going], tokens_R[rows]
+                cache.select(rows)
+                history.select(rows)
+            logits_RV = head(model(tokens_R[:, None], cache).hidden[:, -1])
+
+
 def sample_tokens(
     model: Decoder,
-    prompt_ids: list[int],
+    prompt_ids: Sequence[int],
     *,
     max_new_tokens: int,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    no_repeat_ngram_size: int = 0,
     seed: int = 0,
     stop_id: int | None = None,
 ) -> Iterator[int]:
@@ -43,24 +106,21 @@ def sample_tokens(
 
     Raises UserError for an empty or too long prompt.
     """
-    limit = model.config.max_position_embeddings
-    if not 0 < len(prompt_ids) < limit:
-        raise UserError(must_be("prompt", f"between 1 and {limit - 1} tokens", len(prompt_ids)))
-    device = model.embedding.weight.device
-    generator = torch.Generator(device=device).manual_seed(seed)
-    was_training = model.training
-    model.eval()
-    cache = model.new_cache(batch_size=1, capacity=min(limit, len(prompt_ids) + max_new_tokens))
-    ids = torch.tensor([prompt_ids], device=device)
-    for _ in range(min(max_new_tokens, limit - len(prompt_ids))):
-        logits = model(ids, cache).last_logits.float()
-        if temperature == 0:
-            ids = logits.argmax(dim=-1, keepdim=True)
-        else:
-            probabilities = filter_logits(logits, temperature, top_k, top_p).softmax(dim=-1)
-            ids = torch.multinomial(probabilities, 1, generator=generator)
-        token = int(ids)
-        if token == stop_id:
-            break
-        yield token
-    model.train(was_training)
+    settings = GenerationSettings(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        no_repeat_ngram_size=no_repeat_ngram_size,
+        generation_seed=seed,
+    )
+    return stream(model, prompt_ids, settings, stop_id=stop_id)
+
+
+def stream(
+    model: Decoder, prompt_ids: Sequence[int], settings: GenerationSettings, *, stop_id: int | None = None
+) -> Iterator[int]:
+    """Yield the tokens of one sequence as they are written. Raises UserError as `generate` does."""
+    for step in decode(model, [prompt_ids], settings, stop_id):
+        yield from (token for _, token in step)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from ava_exp.config.architecture import Architecture
 from ava_exp.config.attention import AttentionConfig
 from ava_exp.config.model import Activation, ModelConfig, MoEConfig, Overflow, SharedProjection, SparsityConfig
+from ava_exp.config.prediction import MultiTokenConfig
 from ava_exp.models.attention import attention_parameters, scores_per_token
 
 
@@ -43,6 +44,10 @@ class ParameterBreakdown:
         return sum(part.multiplied for part in self.parts)
 
 
+PREDICTION_HEADS = "prediction heads"
+"""They act while training and on drafts, not on the forward pass of a token: none of them is active."""
+
+
 def count_parameters(architecture: Architecture) -> ParameterBreakdown:
     """Count the parameters of the decoder that these configurations build."""
     model, attention, sparsity = architecture.model, architecture.attention, architecture.sparsity
@@ -56,7 +61,30 @@ def count_parameters(architecture: Architecture) -> ParameterBreakdown:
     ]
     if not model.tie_embeddings:
         parts.append(_part("head", embedding, multiplied=embedding))
+    if num_heads := num_prediction_heads(architecture):
+        weights = num_heads * (_prediction_head_weights(architecture) + 3 * hidden + model.num_mixed_activations)
+        parts.append(Part(name=PREDICTION_HEADS, total=weights, active=0, multiplied=0))
     return ParameterBreakdown(parts=tuple(parts))
+
+
+def num_prediction_heads(architecture: Architecture) -> int:
+    """Return how many heads predict tokens after the next one."""
+    prediction = architecture.prediction
+    return prediction.num_prediction_heads if isinstance(prediction, MultiTokenConfig) else 0
+
+
+def prediction_head_width(architecture: Architecture) -> int:
+    """Return the width of such a head's feed-forward network."""
+    prediction = architecture.prediction
+    own = prediction.head_width if isinstance(prediction, MultiTokenConfig) else None
+    return own or architecture.model.hidden_size
+
+
+def _prediction_head_weights(architecture: Architecture) -> int:
+    """The matrix weights of one head: state and embedding are projected to a state, a feed-forward network follows."""
+    model = architecture.model
+    network = (_up_matrices(model) + 1) * model.hidden_size * prediction_head_width(architecture)
+    return 2 * model.hidden_size**2 + network
 
 
 def _part(name: str, total: int, multiplied: int) -> Part:
@@ -77,16 +105,18 @@ def _feed_forward_parts(model: ModelConfig, sparsity: SparsityConfig) -> list[Pa
     if num_dense := model.num_layers - num_sparse:
         weights = num_dense * matrices * hidden * model.intermediate_size
         bias = num_dense * ((matrices - 1) * model.intermediate_size + hidden) if model.bias else 0
-        parts.append(_part("feed-forward", weights + bias, multiplied=weights))
+        mixtures = num_dense * model.num_mixed_activations
+        parts.append(_part("feed-forward", weights + bias + mixtures, multiplied=weights))
     if isinstance(sparsity, MoEConfig) and num_sparse:
         router = num_sparse * sparsity.router.num_weights(hidden, sparsity.num_experts)
         parts += [_part("router", router, multiplied=router), _experts_part(model, sparsity)]
         network = num_sparse * matrices * hidden * expert_width(model, sparsity)
+        mixtures = num_sparse * model.num_mixed_activations
         if sparsity.num_shared_experts:
             shared = sparsity.num_shared_experts * network
-            parts.append(_part("shared experts", shared, multiplied=shared))
+            parts.append(_part("shared experts", shared + mixtures, multiplied=shared))
         if sparsity.capacity_factor is not None and sparsity.overflow is Overflow.residual:
-            parts.append(Part(name="residual expert", total=network, active=0, multiplied=0))
+            parts.append(Part(name="residual expert", total=network + mixtures, active=0, multiplied=0))
     return parts
 
 
@@ -97,8 +127,8 @@ def _experts_part(model: ModelConfig, sparsity: MoEConfig) -> Part:
     visits = experts_per_token(sparsity)
     return Part(
         name="experts",
-        total=layers * (sparsity.num_experts * (own + norm) + common),
-        active=round(layers * (visits * (own + norm) + common)),
+        total=layers * (sparsity.num_experts * (own + norm) + common + model.num_mixed_activations),
+        active=round(layers * (visits * (own + norm) + common + model.num_mixed_activations)),
         multiplied=round(layers * (visits * own + common)),
     )
 
@@ -148,8 +178,26 @@ def forward_flops_per_token(architecture: Architecture, sequence_length: int) ->
 
 
 def training_flops_per_token(architecture: Architecture, sequence_length: int) -> float:
-    """Forward and backward: three times the forward pass."""
-    return 3 * forward_flops_per_token(architecture, sequence_length)
+    """Forward and backward: three times the forward pass, and the prediction heads' as far as they are sure.
+
+    Head j runs at T - j of T positions. How many of them come to the product with the vocabulary, only the text tells,
+    unless the confidence gate is open: behind a gate that product is left out.
+    """
+    forward = forward_flops_per_token(architecture, sequence_length)
+    return 3 * (forward + prediction_flops_per_token(architecture, sequence_length))
+
+
+def prediction_flops_per_token(architecture: Architecture, sequence_length: int) -> float:
+    """Operations of all prediction heads' forward pass along a text, for one of its T tokens."""
+    model, prediction = architecture.model, architecture.prediction
+    if not isinstance(prediction, MultiTokenConfig):
+        return 0.0
+    weights = _prediction_head_weights(architecture)
+    if prediction.confidence_threshold_train == 0:
+        weights += model.vocab_size * model.hidden_size
+    distances = range(1, prediction.num_prediction_heads + 1)
+    positions = sum(max(0, sequence_length - distance) for distance in distances)
+    return 2 * weights * positions / sequence_length
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

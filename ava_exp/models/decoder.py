@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ava_exp.config.architecture import Architecture
-from ava_exp.config.model import DenseConfig, ModelConfig, MoEConfig, Overflow, SparsityConfig
+from ava_exp.config.model import DenseConfig, ModelConfig, MoEConfig, Overflow, RopeScaling, SparsityConfig
 from ava_exp.config.training import Recompute
 from ava_exp.errors import ConfigError
 from ava_exp.nn.attention.cache import AttentionContext, KeyValueCache
@@ -22,8 +23,9 @@ from ava_exp.nn.moe.layer import CapacityLimit, MoELayer
 from ava_exp.nn.moe.routing import Routing
 from ava_exp.nn.norm import build_norm
 from ava_exp.nn.output import ModelOutput
+from ava_exp.nn.prediction import build_prediction_heads
 from ava_exp.nn.recompute import offload, run_recomputed
-from ava_exp.nn.rope import rope_tables
+from ava_exp.nn.rope import RotaryScaling, rope_tables
 
 
 class Block(nn.Module):
@@ -63,8 +65,9 @@ class Block(nn.Module):
 def build_feed_forward(model: ModelConfig, sparsity: SparsityConfig, layer: int) -> nn.Module:
     """Return the dense network or the mixture of experts that `sparsity` asks for in this layer."""
     assert model.intermediate_size is not None
+    mixed = model.mixed_activations
     if isinstance(sparsity, DenseConfig) or (isinstance(sparsity, MoEConfig) and layer < sparsity.first_k_dense):
-        return FeedForward(model.hidden_size, model.intermediate_size, model.activation, model.bias)
+        return FeedForward(model.hidden_size, model.intermediate_size, model.activation, model.bias, mixed)
     assert isinstance(sparsity, MoEConfig)
     width = sparsity.intermediate_size or model.intermediate_size
     experts = Experts(
@@ -76,6 +79,7 @@ def build_feed_forward(model: ModelConfig, sparsity: SparsityConfig, layer: int)
         share=sparsity.share_projection,
         norm=sparsity.expert_norm,
         dropout=sparsity.expert_dropout,
+        mixed_activations=mixed,
     )
     has_residual = sparsity.capacity_factor is not None and sparsity.overflow is Overflow.residual
     return MoELayer(
@@ -87,8 +91,26 @@ def build_feed_forward(model: ModelConfig, sparsity: SparsityConfig, layer: int)
     )
 
 
+def rotary_scaling(model: ModelConfig) -> RotaryScaling | None:
+    """Return how the model's rotary positions are scaled; None where they are not."""
+    factor, original_length = model.rope_scaling_factor, model.original_max_position_embeddings
+    if model.rope_scaling is RopeScaling.none:
+        return None
+    if factor is None or original_length is None:
+        either = "`model.rope_scaling_factor` or `model.original_max_position_embeddings`"
+        raise ConfigError(f"`model.rope_scaling={model.rope_scaling.name}` needs {either}.")
+    return RotaryScaling(
+        kind=model.rope_scaling,
+        factor=factor,
+        original_length=original_length,
+        beta_fast=model.yarn_beta_fast,
+        beta_slow=model.yarn_beta_slow,
+        attention_factor=model.yarn_attention_factor,
+    )
+
+
 def _network(model: ModelConfig, width: int) -> FeedForward:
-    return FeedForward(model.hidden_size, width, model.activation)
+    return FeedForward(model.hidden_size, width, model.activation, mixed_activations=model.mixed_activations)
 
 
 def _capacity(sparsity: MoEConfig) -> CapacityLimit | None:
@@ -121,15 +143,22 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(architecture, layer) for layer in range(model.num_layers))
         self.final_norm = build_norm(model.norm, model.hidden_size, model.norm_epsilon)
         self.head = None if model.tie_embeddings else nn.Linear(model.hidden_size, model.vocab_size, bias=False)
+        self.prediction_heads = build_prediction_heads(model, architecture.prediction)
         self.refresh_rope()
 
     def refresh_rope(self) -> None:
         """(Re)compute the rotary tables on the model's device; they are no part of a checkpoint."""
-        assert self.config.head_dim is not None
-        device = self.embedding.weight.device
-        tables = rope_tables(self.config.max_position_embeddings, self.config.head_dim, self.config.rope_theta, device)
+        model, device = self.config, self.embedding.weight.device
+        assert model.head_dim is not None
+        scaling = rotary_scaling(model)
+        tables = rope_tables(model.max_position_embeddings, model.head_dim, model.rope_theta, device, scaling)
         for name, table in zip(("cos", "sin"), tables, strict=True):
             self.register_buffer(name, table, persistent=False)
+
+    def scale_positions(self, model: ModelConfig) -> None:
+        """Read positions as `model` says, which has other rotary scaling or more positions, and is else the same."""
+        self.config = model
+        self.refresh_rope()
 
     def forward(
         self,
@@ -143,14 +172,14 @@ class Decoder(nn.Module):
 
         With a cache the ids continue what it holds, and it is extended by T positions; or by the first `counts_B` of a
         sequence, where padding follows. `documents_BT` numbers the documents of a text without a cache: no token then
-        sees another document than its own.
+        sees another document than its own. Prediction heads, where there are any, run when the output's `future` is
+        read.
         Raises ConfigError when the positions exceed `max_position_embeddings`.
         """
         context = self._context(ids_BT, cache, counts_B, documents_BT)
-        x_BTD = self.embedding(ids_BT)
+        embedding_BTD = x_BTD = self.embedding(ids_BT)
         routings, head_routings = [], []
-        offloads = self.offload_activations and torch.is_grad_enabled()
-        with offload([*self.parameters(), self.cos, self.sin]) if offloads else nullcontext():
+        with self._offload():
             for block in self.blocks:
                 x_BTD, routing, heads = self._run(block, x_BTD, context)
                 if routing is not None:
@@ -160,7 +189,23 @@ class Decoder(nn.Module):
         if cache is not None:
             cache.advance(ids_BT.shape[1] if counts_B is None else counts_B)
         weight = self.embedding.weight if self.head is None else self.head.weight
-        return ModelOutput(self.final_norm(x_BTD), weight, routings, head_routings)
+        hidden_BTD = self.final_norm(x_BTD)
+        return ModelOutput(hidden_BTD, weight, routings, head_routings, partial(self._chain, hidden_BTD, embedding_BTD))
+
+    def _chain(self, hidden_BTD: Tensor, embedding_BTD: Tensor) -> list[Tensor]:
+        """Chain the prediction heads: head j reads the true token j positions on, so it ends j before the text does."""
+        states = []
+        with self._offload():
+            for distance, head in enumerate(self.prediction_heads, start=1):
+                hidden_BTD = self._run(head, hidden_BTD[:, :-1], embedding_BTD[:, distance:])
+                states.append(hidden_BTD)
+        return states
+
+    def _offload(self) -> AbstractContextManager[Any]:
+        """Return the context in which activations are kept where `offload_activations` says."""
+        if self.offload_activations and torch.is_grad_enabled():
+            return offload([*self.parameters(), self.cos, self.sin])
+        return nullcontext()
 
     def _context(
         self, ids_BT: Tensor, cache: KeyValueCache | None, counts_B: Tensor | None, documents_BT: Tensor | None
@@ -171,6 +216,8 @@ class Decoder(nn.Module):
         if stop > limit:
             raise ConfigError(f"a sequence must have at most {limit} tokens, but has {stop} instead.")
         cos, sin = self._tables(starts, ids_BT.shape[1])
+        if cache is not None:  # once, not in every layer
+            cos, sin = cos.to(self.embedding.weight.dtype), sin.to(self.embedding.weight.dtype)
         return AttentionContext(cos=cos, sin=sin, cache=cache, counts=counts_B, documents=documents_BT)
 
     def _tables(self, starts: int | Tensor, length: int) -> tuple[Tensor, Tensor]:
@@ -187,12 +234,10 @@ class Decoder(nn.Module):
         """Return the layers that are mixtures of experts, in the order of an output's `routings`."""
         return [block.feed_forward for block in self.blocks if isinstance(block.feed_forward, MoELayer)]
 
-    def _run(
-        self, block: nn.Module, x_BTD: Tensor, context: AttentionContext
-    ) -> tuple[Tensor, Routing | None, HeadRouting | None]:
+    def _run(self, module: nn.Module, *inputs: Any) -> Any:
         if self.recompute is Recompute.none or not torch.is_grad_enabled():
-            return block(x_BTD, context)  # type: ignore[no-any-return]
-        return run_recomputed(block, self.recompute, x_BTD, context)  # type: ignore[no-any-return]
+            return module(*inputs)
+        return run_recomputed(module, self.recompute, *inputs)
 
     def compile_blocks(self) -> None:
         """Compile the blocks in place; names of weights stay. Experts are left out: how many rows each gets is data,

@@ -9,7 +9,7 @@ from ava_exp.config.attention import AttentionConfig
 from ava_exp.config.machine import Precision
 from ava_exp.config.model import Activation, ModelConfig, MoEConfig, SparsityConfig
 from ava_exp.config.training import Recompute
-from ava_exp.models.arithmetic import count_parameters, experts_per_token
+from ava_exp.models.arithmetic import count_parameters, experts_per_token, num_prediction_heads, prediction_head_width
 from ava_exp.models.attention import kept_attention_bytes
 
 PROCESS_BYTES = 350_000_000
@@ -72,7 +72,11 @@ def estimate_memory(
     wide = mixed or precision is Precision.fp16
     optimizer = 2 * (2 if precision is Precision.bf16 else 4) * parameters
     activations = _activation_bytes(model, attention, sparsity, size, batch_size, sequence_length, recompute, on_cpu)
+    activations += size * batch_size * sequence_length * _prediction_values(architecture, recompute)
     num_logits = min(SLICE_VALUES, batch_size * sequence_length * model.vocab_size)
+    head, more = model.vocab_size * model.hidden_size, num_prediction_heads(architecture)
+    # Every prediction head brings a gradient of the product with the vocabulary, and one of its states, with its loss.
+    gradients_of_losses = (1 + more) * head + more * batch_size * sequence_length * model.hidden_size
     return MemoryEstimate(
         weights=size * parameters,
         master_weights=4 * parameters if wide else 0,
@@ -80,7 +84,7 @@ def estimate_memory(
         gradients=(size + 4 if wide else size) * parameters,
         optimizer=optimizer,
         activations=activations,
-        logits=size * (num_logits + model.vocab_size * model.hidden_size),
+        logits=size * (num_logits + gradients_of_losses),
         snapshot=(4 if wide else size) * parameters + optimizer if copies_state else 0,
         process=PROCESS_BYTES if on_cpu else 0,
     )
@@ -110,6 +114,16 @@ def _activation_bytes(
     if recompute is Recompute.selective:
         kept += size * _product_values(model, sparsity, tokens, rows)
     return model.num_layers * kept + ends + 2 * block  # one block at a time is whole
+
+
+def _prediction_values(architecture: Architecture, recompute: Recompute) -> int:
+    """Values that the prediction heads keep of one token, and the states that wait for the loss."""
+    model, width = architecture.model, prediction_head_width(architecture)
+    up = 2 * width if model.activation is Activation.swiglu else width
+    whole = 5 * model.hidden_size + up + width  # joined, projected, normed, the network's two, and their sum
+    kept = {Recompute.none: whole, Recompute.selective: 2 * model.hidden_size + up, Recompute.full: 0}[recompute]
+    working = whole if recompute is not Recompute.none and num_prediction_heads(architecture) else 0
+    return num_prediction_heads(architecture) * (kept + model.hidden_size) + working
 
 
 def _norm_bytes(model: ModelConfig, size: int) -> int:

@@ -28,11 +28,11 @@ def moe_layers(model: Decoder) -> dict[int, MoELayer]:
 
 
 def stack_names(layer: MoELayer) -> list[str]:
-    """Return the names of a layer's stacks: a shared projection is none."""
+    """Return the names of a layer's stacks: what all experts share, a projection or the activation, is none."""
     shared = layer.experts.share
     experts = [
         f"{EXPERTS}{name}"
-        for name, _ in layer.experts.named_parameters()
+        for name, _ in layer.experts.named_parameters(recurse=False)
         if shared is SharedProjection.none or name != shared.value
     ]
     buffers = [f"router.{name}" for name, buffer in layer.router.named_buffers() if buffer.ndim > 0]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from ava_exp.models.arithmetic import ParameterBreakdown
+from ava_exp.models.arithmetic import PREDICTION_HEADS, ParameterBreakdown
 from ava_exp.models.memory import MemoryEstimate
 
 STAGES = (0, 1, 2, 3)
@@ -63,6 +63,6 @@ def _share(size: int, num_devices: int, *, divided: bool) -> int:
 
 
 def layer_parameters(breakdown: ParameterBreakdown, num_layers: int) -> int:
-    """Return the parameters of one layer, on average: everything but embedding and head."""
-    inside = sum(part.total for part in breakdown.parts if part.name not in ("embedding", "head"))
+    """Return the parameters of one layer, on average: everything but the embedding and all heads."""
+    inside = sum(part.total for part in breakdown.parts if part.name not in ("embedding", "head", PREDICTION_HEADS))
     return -(-inside // num_layers)

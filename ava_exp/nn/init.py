@@ -18,14 +18,15 @@ RESIDUAL_OUTPUTS = ("attention.output.weight", "feed_forward.down.weight", "expe
 
 @torch.no_grad()
 def initialize(model: nn.Module, seed: int, initializer_range: float, num_layers: int) -> None:
-    """Fill all parameters: norms 1, biases 0, matrices normal, residual outputs scaled [radford2019gpt2] §2.3.
+    """Fill all parameters: norms 1, biases and logits of mixtures 0, matrices normal, residual outputs scaled
+    [radford2019gpt2] §2.3.
 
     What modules learn beside gradients starts at 0.
     """
     for name in model.state_dict().keys() - dict(model.named_parameters()).keys():
         model.get_buffer(name).zero_()
     for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
+        if name.endswith(("bias", "mixture.logits")):
             parameter.zero_()
         elif parameter.ndim == 1 or name.endswith("experts.norm"):
             parameter.fill_(1.0)

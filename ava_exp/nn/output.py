@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch.nn.functional as F
@@ -14,12 +15,20 @@ from ava_exp.nn.moe.routing import Routing
 @dataclass(slots=True)
 class ModelOutput:
     """`hidden` (B, T, D) after the last norm and `head` (V, D), whose product are the logits, in the model's format;
-    `routings` one entry for every mixture-of-experts layer, `head_routings` one for every mixture of heads."""
+    `routings` one entry for every mixture-of-experts layer, `head_routings` one for every mixture of heads. `chain`
+    runs the prediction heads, if there are any."""
 
     hidden: Tensor
     head: Tensor
     routings: list[Routing] = field(default_factory=list)
     head_routings: list[HeadRouting] = field(default_factory=list)
+    chain: Callable[[], list[Tensor]] = list
+
+    @property
+    def future(self) -> list[Tensor]:
+        """States of the prediction heads, computed at each call: of head j = 1, 2, … (B, T - j, D), in which state t
+        predicts the j-th token after the next one of position t."""
+        return self.chain()
 
     @property
     def logits(self) -> Tensor:

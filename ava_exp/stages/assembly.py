@@ -195,7 +195,7 @@ def build_trainer(
         build_loader(config, runtime, data),
         updater,
         build_schedule(config, runtime, total_steps),
-        build_losses(config.sparsity, config.attention),
+        build_losses(config.sparsity, config.loss, attention=config.attention, prediction=config.prediction),
         total_steps,
         state=state,
         gradient_clip_val=config.training.gradient_clip_val,

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ava_exp.models.surgery import Surgeon, count_parameters_of
 from ava_exp.optim.update import Updater
 from ava_exp.runtime import Runtime, open_runtime, peak_memory_bytes, reset_peak_memory
 from ava_exp.stages import assembly
+from ava_exp.stages.runs import INITIAL, InitialWeights, recorded_initial_weights, with_initial_weights
 from ava_exp.tracking.folder import RunFolder, new_attempt, newest_attempt
 from ava_exp.tracking.lock import RunLock
 from ava_exp.tracking.logs import RecordLog, configure_logging
@@ -39,7 +41,13 @@ from ava_exp.training.checkpoint import (
     sweep_leftovers,
 )
 from ava_exp.training.loop import Outcome, measure_seconds_per_step
-from ava_exp.training.saver import CheckpointSaver, restore_snapshot, seed_random_state, take_snapshot
+from ava_exp.training.saver import (
+    CheckpointSaver,
+    restore_snapshot,
+    restore_weights,
+    seed_random_state,
+    take_snapshot,
+)
 from ava_exp.training.signals import SignalRequests
 from ava_exp.training.state import TrainState
 
@@ -51,11 +59,28 @@ ORIGIN = "origin.json"
 
 def run(config: RunConfig) -> int:
     """Train the run that `config` names, or go on with it. Return the exit code."""
-    folder = choose_attempt(config)
+    config, initial = with_initial_weights(config)
+    return train(config, choose_attempt(config), initial)
+
+
+Measure = Callable[[Decoder, Runtime, PreparedData, int], None]
+"""What looks at a trained model, in the inference precision, after so many steps."""
+
+
+def train(
+    config: RunConfig, folder: RunFolder, initial: InitialWeights | None = None, measure: Measure | None = None
+) -> int:
+    """Do what is left of a run in the folder that was chosen for it. Return the exit code.
+
+    `initial` is what the configuration's `init_from`, a name with step and fingerprint by now, stands for. `measure` is
+    called when the training has finished, before the report is written.
+    """
     with RunLock(folder.lock), configure_logging(folder), SignalRequests() as requests:
+        if initial is not None and recorded_initial_weights(folder) is None:
+            folder.write_json(INITIAL, initial.record())  # before `latest` leads here
         folder.point_latest(Path(config.output_dir))
         try:
-            return Pretraining(config, folder, requests).run()
+            return Pretraining(config, folder, requests, initial, measure).run()
         except BaseException as error:
             # The terminal gets it from the command line; here it is for the run's own files.
             logger.debug("the run ended with %s", type(error).__name__, exc_info=True)
@@ -89,8 +114,16 @@ def choose_attempt(config: RunConfig) -> RunFolder:
 class Pretraining:
     """One process's share of a run, from an open folder to its report."""
 
-    def __init__(self, config: RunConfig, folder: RunFolder, requests: SignalRequests) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: RunFolder,
+        requests: SignalRequests,
+        initial: InitialWeights | None = None,
+        measure: Measure | None = None,
+    ) -> None:
         self.config, self.folder, self.requests = config, folder, requests
+        self.initial, self.measure = initial, measure
         self.output_dir = Path(config.output_dir)
         self.resolution: dict[str, Any] = folder.read_json("resolution.json") or {}
 
@@ -121,7 +154,10 @@ class Pretraining:
             finished = outcome is Outcome.finished
             status = RunStatus.finished if finished else RunStatus.stopped
             if finished:
-                self._write_samples(assembly.inference_copy(self.config, runtime, model, updater), data)
+                measured = assembly.inference_copy(self.config, runtime, model, updater)
+                self._write_samples(measured, data)
+                if self.measure is not None:
+                    self.measure(measured, runtime, data, state.step)
             self._write_summary(status, runtime, data, state, model)
             _write_status(self.folder, status, state.step, total_steps)
             report = write_report(self.folder)
@@ -200,6 +236,8 @@ class Pretraining:
             state = self._read(Path(origin["checkpoint"]), surgeon, data, reset_optimizer=True)
         else:
             state = TrainState()
+            if self.initial is not None:
+                self._initialize(self.initial, surgeon, data)
         sweep_leftovers(self.folder.checkpoints)
         set_aside_after(self.folder.checkpoints, state.step)
         with MetricsFile(self.folder.metrics) as metrics:
@@ -214,6 +252,17 @@ class Pretraining:
         state = restore_snapshot(snapshot, surgeon.updater, reset_optimizer=reset_optimizer, surgeon=surgeon)
         _tell(f"Going on from step {state.step} ({checkpoint}){', with a new optimizer' if reset_optimizer else ''}.")
         return state
+
+    def _initialize(self, initial: InitialWeights, surgeon: Surgeon, data: PreparedData) -> None:
+        """Take the weights of another run; everything else starts anew."""
+        snapshot = read_checkpoint(initial.checkpoint)
+        initial.check_tokenizer(snapshot, data.tokenizer.fingerprint)
+        assert surgeon.updater is not None
+        try:
+            restore_weights(snapshot, surgeon.updater, surgeon)
+        except CheckpointError as error:
+            raise CheckpointError(f"`init_from` {initial.name} does not fit this run: {error}") from error
+        _tell(f"Starting from the weights of {initial.name}.")
 
     def _check_inputs(self, saved: Any, present: dict[str, str]) -> None:
         known = saved if isinstance(saved, dict) else {}

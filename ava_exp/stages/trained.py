@@ -5,18 +5,15 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import yaml
-
-from ava_exp.config.identity import from_plain, run_id
 from ava_exp.config.run import RunConfig
 from ava_exp.data.prepare import PreparedData
-from ava_exp.errors import RunFolderError, UserError, did_you_mean
 from ava_exp.models.decoder import Decoder
 from ava_exp.models.surgery import Surgeon
 from ava_exp.runtime import DTYPES, Runtime, open_runtime
 from ava_exp.stages import assembly
-from ava_exp.tracking.folder import RunFolder, newest_attempt
-from ava_exp.training.checkpoint import Snapshot, newest_good_checkpoint, read_checkpoint
+from ava_exp.stages.runs import find_checkpoint, find_run, read_config
+from ava_exp.tracking.folder import RunFolder
+from ava_exp.training.checkpoint import Snapshot, read_checkpoint
 from ava_exp.training.saver import follow_surgery, load_weights
 
 
@@ -49,33 +46,31 @@ def open_trained_run(config: RunConfig, run: str | None) -> TrainedRun:
     Raises RunFolderError when there is none.
     """
     saved = open_saved_run(config, run)
-    trained = saved.config
-    model = assembly.build_decoder(trained, saved.runtime)
-    follow_surgery(saved.snapshot, Surgeon(model))
-    if trained.precision.inference is not None:
-        model = model.to(DTYPES[trained.precision.inference])
-    load_weights(saved.snapshot, model.state_dict(keep_vars=True))
     return TrainedRun(
         folder=saved.folder,
-        config=trained,
+        config=saved.config,
         runtime=saved.runtime,
         data=saved.data,
-        model=model.eval(),
+        model=load_decoder(saved.config, saved.runtime, saved.snapshot),
         step=saved.snapshot.step,
     )
+
+
+def load_decoder(config: RunConfig, runtime: Runtime, snapshot: Snapshot) -> Decoder:
+    """Build a model with a snapshot's weights, to be used and not trained. Raises CheckpointError."""
+    model = assembly.build_decoder(config, runtime)
+    follow_surgery(snapshot, Surgeon(model))
+    if config.precision.inference is not None:
+        model = model.to(DTYPES[config.precision.inference])
+    load_weights(snapshot, model.state_dict(keep_vars=True))
+    return model.eval()
 
 
 def open_saved_run(config: RunConfig, run: str | None) -> SavedRun:
     """Find a run as `open_trained_run` does, and read what it left. Raises RunFolderError when there is nothing."""
     folder = find_run(config, run)
-    checkpoint, problems = newest_good_checkpoint(folder.checkpoints)
-    for problem in problems:
-        print(problem)
-    if checkpoint is None:
-        raise RunFolderError(f"{folder.root} has no checkpoint yet.")
-    if not folder.config.is_file():
-        raise RunFolderError(f"{folder.config} is missing, so that nobody knows what the run is.")
-    trained = from_plain(yaml.safe_load(folder.config.read_text(encoding="utf-8")))
+    checkpoint = find_checkpoint(folder)
+    trained = read_config(folder)
     trained.hardware, trained.cache_dir = config.hardware, config.cache_dir
     if config.precision.inference is not None:
         trained.precision.inference = config.precision.inference
@@ -89,23 +84,3 @@ def open_saved_run(config: RunConfig, run: str | None) -> SavedRun:
     )
     data = assembly.prepare(trained, lambda line: None)
     return SavedRun(folder=folder, config=trained, runtime=runtime, data=data, snapshot=read_checkpoint(checkpoint))
-
-
-def find_run(config: RunConfig, run: str | None) -> RunFolder:
-    """Return the folder of a run given by name or path, or of the one that `config` trains."""
-    output_dir = Path(config.output_dir)
-    runs = sorted(path.name for path in (output_dir / "runs").glob("*") if path.is_dir())
-    if run is None:
-        folder = newest_attempt(output_dir, run_id(config))
-        if folder is None:
-            known = f"Name one with `stage.run=`: {', '.join(runs)}." if runs else "There are no runs yet: train one."
-            raise RunFolderError(
-                f"the run {run_id(config)}, which this command line describes, does not exist. {known}"
-            )
-        return folder
-    for candidate in (output_dir / "latest" if run == "latest" else output_dir / "runs" / run, Path(run)):
-        if candidate.is_dir():
-            return RunFolder(candidate.resolve())
-    if not runs:
-        raise UserError(f"there is no run in {output_dir / 'runs'}: train one first.")
-    raise RunFolderError(f"there is no run `{run}`; {did_you_mean(run, runs)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -26,6 +27,8 @@ from ava_exp.tracking.plotting import (
     read_history,
     series,
 )
+from ava_exp.tracking.position_figure import draw_positions
+from ava_exp.tracking.positions import PositionReport
 from ava_exp.tracking.router_figures import draw_balance, draw_experts, draw_specialisation
 
 BASELINES = {"gzip": ("gzip -9", "--"), "xz": ("xz", ":")}
@@ -43,14 +46,22 @@ def write_figures(folder: RunFolder) -> list[Path]:
     paths = []
     for name, (has_data, draw) in FIGURES.items():
         if has_data(history):
-            path = folder.figures / f"{name}.png"
-            try:
-                with matplotlib.rc_context(STYLE):
-                    draw(history).savefig(path)
-            except OSError as error:
-                raise unwritable(path, error) from error
-            paths.append(path)
+            paths.append(_write(folder.figures / f"{name}.png", partial(draw, history)))
     return paths
+
+
+def write_position_figure(folder: RunFolder, report: PositionReport, name: str) -> Path:
+    """Write the figure of perplexities by position into `figures/` and return its path. Raises RunFolderError."""
+    return _write(folder.figures / f"{name}.png", lambda: draw_positions(report))
+
+
+def _write(path: Path, draw: Callable[[], Figure]) -> Path:
+    try:
+        with matplotlib.rc_context(STYLE):
+            draw().savefig(path)
+    except OSError as error:
+        raise unwritable(path, error) from error
+    return path
 
 
 def _evaluations(axis: Axes, history: History, name: str, label: str) -> None:
@@ -125,6 +136,11 @@ def draw_throughput(history: History) -> Figure:
     return figure
 
 
+def _positions(history: History) -> Figure:
+    assert history.positions is not None
+    return draw_positions(history.positions)
+
+
 FIGURES: dict[str, tuple[Callable[[History], bool], Callable[[History], Figure]]] = {
     "loss": (lambda history: bool(history.train), draw_loss),
     "bits_per_byte": (lambda history: bool(history.evaluations), draw_bits_per_byte),
@@ -133,5 +149,6 @@ FIGURES: dict[str, tuple[Callable[[History], bool], Callable[[History], Figure]]
     "experts": (lambda history: bool(history.routed), draw_experts),
     "balance": (lambda history: bool(history.routed), draw_balance),
     "specialisation": (lambda history: bool(history.by_source), draw_specialisation),
+    "positions": (lambda history: history.positions is not None, _positions),
 }
 """Every figure by file name: whether a run has what it needs, and how it is drawn."""

@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from ava_exp.disk import sync
 from ava_exp.errors import RunFolderError
 
 
@@ -25,7 +26,7 @@ def write_atomically(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        sync_folder(path.parent)
+        sync(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise unwritable(path, error) from error
@@ -35,15 +36,6 @@ def unwritable(path: Path, error: OSError) -> RunFolderError:
     """Return the one sentence for a place that cannot be written to."""
     reason = error.strerror or type(error).__name__
     return RunFolderError(f"{path} cannot be written ({reason}); free the place or choose another with output_dir=….")
-
-
-def sync_folder(path: Path) -> None:
-    """Make renames inside a folder survive a loss of power."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

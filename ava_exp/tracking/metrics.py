@@ -162,6 +162,8 @@ def metric_values(record: Record) -> dict[str, float]:
         for name, value in record.items()
         if name not in NOT_METRICS and isinstance(value, int | float)
     }
+    for place, weights in record.get("activation_weights", {}).items():
+        values |= {f"{group}/activations/{place}/{name}": weight for name, weight in weights.items()}
     if layers := layer_statistics(record):
         prefix = "experts" if group == "train" else f"{group}/experts"
         named = {f"layer_{number}": layer for number, layer in enumerate(layers)} | {

@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ava_exp.tracking.folder import RunFolder
 from ava_exp.tracking.metrics import Record, of_kind, read_metrics
+from ava_exp.tracking.positions import PositionReport
 
 BLUE, ORANGE, GREEN, RED, GREY = "#2f6fb2", "#e07b1a", "#2e9e6b", "#c8443c", "#7a828c"
 STYLE: dict[Any, Any] = {
@@ -51,6 +52,8 @@ class History:
     by_source: list[Record]
     """The evaluations that tell it by source of the text."""
     baselines: dict[str, float]
+    positions: PositionReport | None = None
+    """Of a run that extended another's context."""
 
 
 def read_history(folder: RunFolder) -> History:
@@ -63,6 +66,7 @@ def read_history(folder: RunFolder) -> History:
         routed=[record for record in train if record.get("expert_load")],
         by_source=[record for record in evaluations if record.get("source_load")],
         baselines=folder.read_json("summary.json", {}).get("baselines") or {},
+        positions=PositionReport.read(folder),
     )
 
 

@@ -33,6 +33,8 @@ CAPTIONS = {
     "what share of the same tokens' choices changed from one evaluation to the next.",
     "specialisation": "Validation text by where it is from: red experts are visited by it more often than by all text, "
     "blue ones less. NMI is the mutual information of source and expert, 0 (unrelated) to 1.",
+    "positions": "How surprised the model is by tokens at each place of a long text, before its context was extended "
+    "and after, on the same text. Up to the dotted line it had been trained before.",
 }
 
 
@@ -102,6 +104,7 @@ def render(run: RunFiles, figures: list[Path]) -> str:
         _numbers(run),
         _figures(figures),
         _experts(run.records),
+        _activations(run.records),
         _samples(run.samples),
         _configuration(run),
         _origins(run),
@@ -280,6 +283,26 @@ def _expert_row(layer: int, load: list[float], further: list[str]) -> str:
     cells = [f"{min(relative):.2f}", f"{max(relative):.2f}", f"{normalized_entropy(load):.1%}", *further]
     numbers = "".join(f'<td class="number">{cell}</td>' for cell in cells)
     return f'<tr><th>{layer}</th><td><div class="experts">{bars}</div></td>{numbers}</tr>\n'
+
+
+def _activations(records: list[Record]) -> str:
+    """What the layers' mixtures of activations had learned when they were last looked at."""
+    mixed = [record for record in of_kind(records, "eval") if record.get("activation_weights")]
+    if not mixed:
+        return ""
+    places = mixed[-1]["activation_weights"]
+    names = list(next(iter(places.values())))
+    head = "<tr><th>network</th>" + "".join(f"<th>{escape(name)}</th>" for name in names) + "</tr>\n"
+    rows = "".join(
+        f"<tr><th>{escape(place.replace('_', ' '))}</th>"
+        + "".join(f'<td class="number">{weights[name]:.1%}</td>' for name in names)
+        + "</tr>\n"
+        for place, weights in places.items()
+    )
+    return (
+        f"<h2>Activations at step {mixed[-1]['step']:,}</h2>\n"
+        f'<section class="card scroll">\n<table>\n{head}{rows}</table>\n</section>\n'
+    )
 
 
 def _samples(samples: str) -> str:

@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ava_exp.disk import sync
 from ava_exp.errors import CheckpointError, must_be
 
 FORMAT = 1
@@ -84,13 +85,13 @@ def write_checkpoint(checkpoints: Path, snapshot: Snapshot) -> Path:
         _write_synced(partial / STATE, [_json_bytes(snapshot.state)])
         files = {path.name: _describe(path) for path in sorted(partial.iterdir())}
         _write_synced(partial / MANIFEST, [_json_bytes({"format": FORMAT, "step": snapshot.step, "files": files})])
-        _sync_folder(partial)
+        sync(partial)
         replaced = None
         if final.exists():  # a bad one is kept for inspection; a good one, which a signal made, is replaced
             replaced = _free_name(final, BAD if verify_checkpoint(final) else LEAVING)
             os.rename(final, replaced)
         os.rename(partial, final)
-        _sync_folder(checkpoints)
+        sync(checkpoints)
         if replaced is not None and LEAVING in replaced.name:
             shutil.rmtree(replaced, ignore_errors=True)  # what is left is swept when the run is next opened
     except OSError:
@@ -172,6 +173,14 @@ def resolve_checkpoint(path: Path) -> Path:
     if found is None:
         raise CheckpointError(must_be("resume", "a folder that holds a checkpoint", str(path)))
     return found
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """Return eight hexadecimal digits that tell a checkpoint's weights from others. Raises CheckpointError."""
+    try:
+        return str(_read_manifest(folder)["files"][f"model{TENSORS}"]["sha256"])[:8]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{folder} cannot be used: its {MANIFEST} cannot be read ({error}).") from error
 
 
 def sweep_leftovers(checkpoints: Path) -> None:
@@ -277,11 +286,3 @@ def _write_synced(path: Path, parts: Iterable[bytes]) -> None:
         file.write(b"".join(waiting))
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

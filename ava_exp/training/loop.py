@@ -212,6 +212,7 @@ class Trainer(ExpertSurgery):
         if result.routing is not None:
             self.state.routing.choices = result.routing.choices
             routing = result.routing.record()
+        activations: Record = {"activation_weights": weights} if (weights := result.activation_weights) else {}
         self._emit(
             {
                 "kind": "eval",
@@ -224,6 +225,9 @@ class Trainer(ExpertSurgery):
                 "seconds": result.seconds,
                 "final": final,
                 **routing,
+                **activations,
+                **{f"future_accuracy_{head}": each.accuracy for head, each in enumerate(result.future, start=1)},
+                **{f"future_acceptance_{head}": each.acceptance for head, each in enumerate(result.future, start=1)},
             }
         )
 

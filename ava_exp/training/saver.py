@@ -136,10 +136,7 @@ def restore_snapshot(
 
     With the model's `surgeon` the model gets the shape that surgery gave the saved one.
     """
-    if surgeon is not None:
-        follow_surgery(snapshot, surgeon)
-    load_weights(snapshot, {**updater.weights, **updater.buffers})
-    updater.round_masters()
+    restore_weights(snapshot, updater, surgeon)
     try:
         routing = RoutingHistory.from_tensors(snapshot.tensors.get("routing", {}))
         state = TrainState.from_json(snapshot.state["train"], routing)
@@ -150,6 +147,14 @@ def restore_snapshot(
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
         raise CheckpointError(f"the checkpoint of step {snapshot.step} does not fit this run: {error!r}.") from error
     return state
+
+
+def restore_weights(snapshot: Snapshot, updater: Updater, surgeon: Surgeon | None = None) -> None:
+    """Put a snapshot's weights back, and nothing else. Raises CheckpointError when they do not fit the model."""
+    if surgeon is not None:
+        follow_surgery(snapshot, surgeon)
+    load_weights(snapshot, {**updater.weights, **updater.buffers})
+    updater.round_masters()
 
 
 def follow_surgery(snapshot: Snapshot, surgeon: Surgeon) -> None:

@@ -46,10 +46,12 @@ def train_step(
     """
     num_tokens = sum(int((batch.labels != IGNORED).sum()) for batch in micro_batches)
     sums = torch.zeros(len(terms), device=device)
-    weights = torch.tensor([term.weight_at(progress) for term in terms], device=device)
+    weighted = [(term, term.weight_at(progress)) for term in terms]
+    weights = torch.tensor([weight for _, weight in weighted], device=device)
     tally, head_counts = ExpertTally(), list[Tensor]()
     for batch in micro_batches:
-        output = model(batch.input_ids.to(device, non_blocking=True), **batch.masks_on(device))
+        input_ids = batch.input_ids.to(device, non_blocking=True)
+        output = model(input_ids, **batch.masks_on(device))
         labels = batch.labels.to(device, non_blocking=True)
         tally.add(output.routings)
         head_counts = _added(head_counts, [routing.counts for routing in output.head_routings])
@@ -57,6 +59,8 @@ def train_step(
             num_tokens=num_tokens,
             loss_scale=updater.loss_scale.scale,
             chosen_counts=[layer.chosen_counts for layer in tally.layers],
+            input_ids=input_ids,
+            terms=weighted,
         )
         values = torch.stack([term(output, labels, context) for term in terms])
         backward((values * weights).sum() * updater.loss_scale.scale)

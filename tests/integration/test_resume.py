@@ -64,6 +64,29 @@ def test_what_a_router_learned_beside_gradients_goes_on_too(tmp_path: Path, rout
         assert learned["num_updates"] == NUM_STEPS
 
 
+def test_draws_of_activations_and_all_terms_go_on_too(tmp_path: Path) -> None:
+    settings = ("model.activation=hard_mixture", "loss=anti_repetition", "training.gradient_accumulation_steps=2")
+    experiment = Experiment(output_dir=tmp_path, overrides=settings)
+    assert experiment.run(stop_at(5)).code == EXIT_RESUMABLE
+    assert experiment.finish() == uninterrupted(*settings)
+    (*_, last) = of_kind(read_metrics(experiment.folder.metrics), "eval")
+    assert sum(last["activation_weights"]["layer_1"].values()) == pytest.approx(1)
+    (*_, step) = of_kind(read_metrics(experiment.folder.metrics), "train")
+    assert {"immediate_repetition_loss", "repetition_loss", "output_entropy", "output_diversity"} < step.keys()
+
+
+def test_prediction_heads_go_on_too(tmp_path: Path) -> None:
+    settings = ("prediction=multi_token", "prediction.confidence_threshold_train=0.01", "precision=mixed_bf16")
+    experiment = Experiment(output_dir=tmp_path, overrides=settings)
+    assert experiment.run(stop_at(5)).code == EXIT_RESUMABLE
+    assert experiment.finish() == uninterrupted(*settings)
+    records = read_metrics(experiment.folder.metrics)
+    assert all(record["mtp_loss"] > 0 for record in of_kind(records, "train")[-3:])
+    assert all(0 <= record["future_acceptance_3"] <= 1 for record in of_kind(records, "eval"))
+    tensors = read_checkpoint(experiment.checkpoints[-1]).tensors["model"]
+    assert {name.split(".")[1] for name in tensors if name.startswith("prediction_heads.")} == {"0", "1", "2"}
+
+
 def test_routers_are_watched_as_if_nothing_had_happened(tmp_path: Path) -> None:
     """Churn, dead experts and specialisation, also when the stop comes while an evaluation is due."""
     files = ",".join(str(harness().folder / "corpus" / f"{number:02d}.txt") for number in range(24))

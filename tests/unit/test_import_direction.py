@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = (
-    {"errors"},
+    {"errors", "disk"},
     {"config"},
     {"data", "tokenizer", "retrieval"},
     {"nn"},

@@ -106,7 +106,7 @@ class LayerCache:
         self, added: Sequence[Tensor], rows: Tensor | None, counts: Tensor | None, positions: Tensor | None
     ) -> Held:
         device, length = self.keys.device, added[0].shape[2]
-        lengths = self.ragged_lengths()
+        lengths, everyone = self.ragged_lengths(), rows is None
         rows = torch.arange(len(lengths), device=device) if rows is None else rows
         starts = lengths[rows]
         stops = starts + (length if counts is None else counts)
@@ -117,7 +117,9 @@ class LayerCache:
         self._keep_positions(rows[:, None], entries_RT, positions)
         self.lengths = lengths.index_copy(0, rows, stops)
         longest = int(stops.max()) if len(rows) else 0
-        keys, values, *others = (buffer[rows, :, :longest] for buffer in self.buffers)
+        held = (buffer[:, :, :longest] for buffer in self.buffers)
+        # Views for everyone, where picking rows copies.
+        keys, values, *others = held if everyone else (buffer[rows] for buffer in held)
         return Held(keys, values, starts, tuple(others))
 
     def ragged_lengths(self) -> Tensor:

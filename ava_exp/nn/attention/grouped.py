@@ -54,7 +54,14 @@ class GroupedAttention(nn.Module):
         """Return queries (B, H, T, C), keys and values (B, K, T, C); queries and keys normalised and rotated."""
         batch, length, _ = x_BTD.shape
         heads = self.query_key_value(x_BTD).view(batch, length, -1, self.head_dim).transpose(1, 2)
-        q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+        if length == 1 and isinstance(self.query_norm, nn.Identity) and not torch.is_grad_enabled():
+            # One new token: the number of operations is what counts, so both are turned at once.
+            rotated, v = torch.split(heads, [self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
+            q, k = torch.split(
+                apply_rope(rotated, context.cos, context.sin), [self.num_heads, self.num_kv_heads], dim=1
+            )
+            return q, k, v
+        q, k, v = torch.split(heads, [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         q = apply_rope(self.query_norm(q), context.cos, context.sin)
         k = apply_rope(self.key_norm(k), context.cos, context.sin)
         return q, k, v

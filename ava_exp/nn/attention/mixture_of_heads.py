@@ -128,7 +128,7 @@ class MixtureOfHeads(GroupedAttention):
             return None
         # Fused kernels and bands leave out what nobody sees; with a mask for gathered tokens they would compute it.
         in_band = self.sliding_window is not None and Band.of(length, self.sliding_window) is not None
-        if in_band or self.attend.choose(q_BHTC.device, length) is not AttentionBackend.plain:
+        if in_band or self.attend.choose(q_BHTC.device, length, length) is not AttentionBackend.plain:
             return None
         busiest = int(chosen_BTR.sum(dim=1).max())
         if busiest > MOST_GATHERED * length:

@@ -86,11 +86,13 @@ class SoftmaxAttention:
         None is causal for T = S, and everything for one query.
         """
         length, num_keys = q_RHTC.shape[2], k_RKSC.shape[2]
-        backend = self.choose(q_RHTC.device, num_keys)
+        backend = self.choose(q_RHTC.device, num_keys, length)
         if backend is AttentionBackend.flex:
             sees = _sees(Held(k_RKSC, v_RKSC, 0), None, None) if mask is None else _sees_by(mask)
             return self._flex(q_RHTC, Held(k_RKSC, v_RKSC, 0), sees, dropout)
         if backend is AttentionBackend.plain:
+            if length == 1 and dropout == 0:
+                return single_query_attention(q_RHTC, k_RKSC, v_RKSC, mask)
             if mask is None and length > 1:
                 mask = visible(Held(k_RKSC, v_RKSC, 0), length)
             return plain_attention(q_RHTC, k_RKSC, v_RKSC, mask, dropout)
@@ -115,11 +117,11 @@ class SoftmaxAttention:
             properties += [f"dropout {dropout:g}"] if dropout > 0 else []
             self._refuse(f"torch has no such kernel for {', '.join(properties)} on this {_name(q_RHTC.device)}")
 
-    def choose(self, device: torch.device, num_keys: int) -> AttentionBackend:
-        """Return the back end for so many keys, and log what has not been chosen before."""
+    def choose(self, device: torch.device, num_keys: int, length: int) -> AttentionBackend:
+        """Return the back end for so many keys and queries, and log what has not been chosen before."""
         backend = self.backend
         if backend is AttentionBackend.auto:
-            short = device.type == "cpu" and num_keys <= PLAIN_LENGTH
+            short = device.type == "cpu" and (num_keys <= PLAIN_LENGTH or length == 1)
             backend = AttentionBackend.plain if short else AttentionBackend.sdpa
         if self.tells and not torch.compiler.is_compiling() and backend not in self._told:
             self._told.add(backend)
@@ -139,8 +141,8 @@ class SoftmaxAttention:
             self._refuse("torch's flexible product has no dropout, but `attention.attention_dropout` is above 0")
         if device.type != "cuda" and needs_grad:
             self._refuse(f"torch's flexible product trains on a CUDA device only, and this is {_name(device)}")
-        self.choose(device, held.keys.shape[2])
         batch, num_heads, length, _ = q_RHTC.shape
+        self.choose(device, held.keys.shape[2], length)
         grouped = num_heads != held.keys.shape[1]
         blocks = create_block_mask(sees, batch, num_heads, length, held.keys.shape[2], device=device)
         if device.type == "cuda":
@@ -206,3 +208,16 @@ def plain_attention(
         scores = scores + bias.masked_fill_(~mask, float("-inf"))
     weights = F.dropout(scores.softmax(dim=-1), dropout)
     return (weights.view(batch, num_kv_heads, -1, num_keys) @ v_BKSC).view(batch, num_heads, length, head_dim)
+
+
+def single_query_attention(q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, mask: Tensor | None) -> Tensor:
+    """`plain_attention` of T = 1 query. Keys times queries, not queries times keys: keys need no transposed copy then,
+    which a CPU makes in bf16, at the cost of all the rest.
+    """
+    batch, num_heads, _, head_dim = q_BHTC.shape
+    keys, values = k_BKSC.flatten(0, 1), v_BKSC.flatten(0, 1)
+    q = (q_BHTC / math.sqrt(head_dim)).reshape(keys.shape[0], -1, head_dim)
+    scores = torch.bmm(keys, q.transpose(1, 2)).transpose(1, 2)
+    if mask is not None:
+        scores = scores.reshape(batch, num_heads, 1, -1).masked_fill(~mask, float("-inf")).view_as(scores)
+    return torch.bmm(scores.softmax(dim=-1), values).view(batch, num_heads, 1, head_dim)

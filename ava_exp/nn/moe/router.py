@@ -103,7 +103,8 @@ class TokenChoiceRouter(Router):
             preferences=preferences_NE,
             ragged=self.ragged or absent_E is not None,
         )
-        routing.losses = self.losses(logits, routing, num_sequences=x_BTD.shape[0])
+        if self.training or not torch.is_inference_mode_enabled():  # while a text is written nobody asks for them
+            routing.losses = self.losses(logits, routing, num_sequences=x_BTD.shape[0])
         return routing
 
     def logits(self, x_BTD: Tensor) -> Tensor:

@@ -90,6 +90,7 @@ def test_every_other_field_is_identity(field: str) -> None:
     changed = {
         "name": "name=other",
         "seed": "seed=1",
+        "init_from": "init_from=another",
         "model": "model.dropout=0.1",
         "attention": "attention.qk_norm=true",
         "sparsity": "sparsity=dense",

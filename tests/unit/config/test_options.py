@@ -40,3 +40,14 @@ def test_the_model_brings_its_sparsity_which_the_command_line_changes() -> None:
     assert type(compose(["model=small"]).sparsity) is SCHEMAS["sparsity/moe"]
     assert type(compose(["model=small", "sparsity=dense"]).sparsity) is SCHEMAS["sparsity/dense"]
     assert type(compose(["experiment=ava_small", "sparsity=dense"]).sparsity) is SCHEMAS["sparsity/dense"]
+
+
+def test_one_word_composes_the_losses_of_a_source() -> None:
+    run = compose(["loss=deepseek"])
+    assert type(run.sparsity.router) is SCHEMAS["router/deepseek"]  # type: ignore[attr-defined]
+    assert run.sparsity.router.losses()["sequence_balance_loss"] == 1e-4  # type: ignore[attr-defined]
+    assert run.loss == compose([]).loss
+    assert type(compose(["loss=deepseek", "router=sinkhorn"]).sparsity.router) is SCHEMAS["router/sinkhorn"]  # type: ignore[attr-defined]
+    ava = compose(["loss=anti_repetition", "loss.output_diversity_weight=0"]).loss
+    assert (ava.repetition_penalty_weight, ava.immediate_repetition_weight) == (0.5, 1.0)
+    assert (ava.entropy_regularization, ava.output_diversity_weight) == (0.2, 0.0)

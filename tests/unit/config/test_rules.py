@@ -32,6 +32,9 @@ def composed(*overrides: str) -> RunConfig:
     return copy.deepcopy(composed_once(*overrides))
 
 
+YARN = ["model.rope_scaling=yarn", "model.rope_scaling_factor=8"]
+
+
 def error_keys(run: RunConfig) -> set[str]:
     return {fault.key for fault in validate(run) if fault.severity is Severity.error}
 
@@ -51,6 +54,16 @@ def test_the_default_run_has_no_faults() -> None:
         (["sparsity.router.moe_top_k=0"], "sparsity.router.moe_top_k"),
         (["sparsity.num_experts=1"], "sparsity.router.moe_top_k"),
         (["data.sequence_length=1025"], "data.sequence_length"),
+        (["model.rope_scaling=linear"], "model.rope_scaling_factor"),
+        (["model.rope_scaling_factor=2"], "model.rope_scaling_factor"),
+        (["model.original_max_position_embeddings=512"], "model.original_max_position_embeddings"),
+        (
+            ["model.rope_scaling=ntk", "model.original_max_position_embeddings=2048"],
+            "model.original_max_position_embeddings",
+        ),
+        ([*YARN, "model.yarn_beta_fast=1"], "model.yarn_beta_fast"),
+        ([*YARN, "model.rope_theta=1"], "model.rope_theta"),
+        (["model.yarn_attention_factor=1.1"], "model.yarn_attention_factor"),
         (["attention.sliding_window=0"], "attention.sliding_window"),
         (["attention=mixture_of_heads", "attention.num_shared_heads=4"], "attention.num_shared_heads"),
         (["attention=mixture_of_heads", "attention.heads_per_token=4"], "attention.heads_per_token"),
@@ -58,6 +71,7 @@ def test_the_default_run_has_no_faults() -> None:
         (["attention=multi_level", "attention.progressive_sparsity=0.5"], "attention.progressive_sparsity"),
         (["attention=multi_level", "attention.num_levels=10"], "attention.num_levels"),
         (["attention.backend=flex", "attention.attention_dropout=0.1"], "attention.attention_dropout"),
+        (["prediction=multi_token", "prediction.num_prediction_heads=256"], "prediction.num_prediction_heads"),
         ([f"model.vocab_size={MIN_VOCABULARY - 1}"], "tokenizer.vocab_size"),
         (["tokenizer.vocab_size=5000"], "tokenizer.vocab_size"),
         (["optimizer.betas=[0.9]"], "optimizer.betas"),
@@ -155,6 +169,10 @@ def test_a_remedy_is_told_where_there_is_one() -> None:
         (["schedule.warmup_steps=5", "budget.steps=5"], "schedule.warmup_steps"),
         (["budget.chinchilla_multiplier=4"], "budget.chinchilla_multiplier"),
         (["budget.chinchilla_multiplier=51"], "budget.chinchilla_multiplier"),
+        (
+            [*YARN, "model.original_max_position_embeddings=100"],
+            "model.max_position_embeddings",
+        ),
         (["hardware=v100", "precision=mixed_bf16"], "precision.training"),
     ],
 )
@@ -169,6 +187,9 @@ def test_what_is_unusual_is_a_warning_and_does_not_stop_the_run(overrides: list[
     [
         ["model.hidden_size=250", "model.num_heads=3", "model.head_dim=64"],
         ["model.num_kv_heads=1"],
+        [*YARN, "model.original_max_position_embeddings=512", "model.yarn_attention_factor=1"],
+        ["model.rope_scaling=linear", "model.rope_scaling_factor=1"],
+        ["model.rope_scaling=ntk", "model.rope_scaling_factor=1.7"],
         ["sparsity.num_experts=1", "sparsity.router.moe_top_k=1"],
         ["data.sequence_length=1024"],
         [f"model.vocab_size={MIN_VOCABULARY}"],
@@ -238,6 +259,13 @@ def test_every_number_has_a_bound_or_a_reason_to_have_none() -> None:
 def is_number(annotation: Any) -> bool:
     text = str(annotation)
     return ("int" in text or "float" in text) and "bool" not in text and "enum" not in text and "str" not in text
+
+
+@pytest.mark.parametrize("names", ["[]", "[gelu,relu,gelu]"])
+def test_a_mixture_is_of_different_activations(names: str) -> None:
+    run = composed("model.activation=mixture", f"model.mixed_activations={names}")
+    assert error_keys(run) == {"model.mixed_activations"}
+    assert validate(composed("model.activation=hard_mixture", "model.mixed_activations=[tanh]")) == []
 
 
 def test_all_faults_are_told_at_once_the_gravest_first() -> None:

@@ -57,6 +57,10 @@ def test_the_nearest_key_of_the_section_comes_first() -> None:
     assert "did you mean `model.hidden_size`" in complaint("+model.hiden_size=1")
 
 
+def test_a_key_of_another_option_is_meant_where_the_chosen_one_has_none_like_it() -> None:
+    assert "did you mean `schedule.num_cycles`?" in complaint("schedule.num_cyclse=3")
+
+
 def test_without_a_near_key_all_are_listed() -> None:
     assert "there is `optimizer.learning_rate`, `optimizer.weight_decay`" in complaint("optimizer.qqq=1")
 

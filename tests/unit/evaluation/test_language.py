@@ -9,8 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+from ava_exp.config.architecture import Architecture
+from ava_exp.config.model import ModelConfig
+from ava_exp.config.prediction import MultiTokenConfig
 from ava_exp.data.loader import IGNORED, Batch
 from ava_exp.evaluation.language import evaluate_language
+from ava_exp.models.decoder import build_model
 from ava_exp.nn.output import ModelOutput
 
 
@@ -50,3 +54,30 @@ def test_the_mode_of_the_model_is_put_back() -> None:
     model = Fixed(torch.eye(3)).train()
     evaluate_language(model, [batch([0], [1])], np.ones(3), torch.device("cpu"))  # type: ignore[arg-type]
     assert model.training
+
+
+def test_prediction_heads_against_a_direct_computation() -> None:
+    """Heads that are often right: the text has three tokens only, and some labels are left out."""
+    sizes = ModelConfig(vocab_size=3, hidden_size=8, num_layers=1, num_heads=2, initializer_range=0.5)
+    model = build_model(Architecture(sizes, prediction=MultiTokenConfig(num_prediction_heads=2)), seed=2).eval()
+    ids = torch.randint(0, 3, (4, 31), generator=torch.Generator().manual_seed(0))
+    labels = ids[:, 1:].clone()
+    labels[1, 5:9] = labels[3, 20:] = IGNORED
+    batches = [
+        Batch(input_ids=ids[rows, :-1], labels=labels[rows], sample_ids=np.zeros(2, dtype=np.int64))
+        for rows in (slice(0, 2), slice(2, 4))
+    ]
+    found = evaluate_language(model, batches, np.ones(3), torch.device("cpu")).future
+    output = model(ids[:, :-1])
+    best = [(state @ output.head.T).argmax(dim=-1) for state in (output.hidden, *output.future)]
+    for j in (1, 2):
+        valid = hits = consulted = right = 0
+        for row in range(4):
+            for t in range(30 - j):
+                is_hit = [int(best[i][row, t]) == int(labels[row, t + i]) for i in range(j + 1)]
+                if labels[row, t + j] != IGNORED:
+                    valid, hits = valid + 1, hits + is_hit[j]
+                    consulted, right = consulted + all(is_hit[:j]), right + all(is_hit)
+        assert 0 < right < consulted < valid
+        assert found[j - 1].accuracy == pytest.approx(hits / valid)
+        assert found[j - 1].acceptance == pytest.approx(right / consulted)

@@ -193,7 +193,7 @@ def test_a_step_trains_every_parameter(kind: str, sparsity: str) -> None:
         )
         for part in ids.split(2)
     ]
-    terms = build_losses(SPARSITIES[sparsity], KINDS[kind])
+    terms = build_losses(SPARSITIES[sparsity], attention=KINDS[kind])
     metrics = train_step(
         model,
         updater,
@@ -223,7 +223,7 @@ def test_the_balance_loss_of_heads_is_the_mean_over_layers_and_1_when_even() -> 
         torch.nn.init.zeros_(block.attention.head_router.weight)
     assert term(model(ids), ids, StepContext(num_tokens=40)).item() == pytest.approx(1)
     assert term.weight_at(0.5) == 0.01
-    assert [term.name for term in build_losses(DenseConfig(), MIXTURE())] == ["loss", "head_balance_loss"]
+    assert [term.name for term in build_losses(DenseConfig(), attention=MIXTURE())] == ["loss", "head_balance_loss"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -53,6 +53,9 @@ COMPOSITIONS = [
     (config(), MultiLevelAttentionConfig(sliding_window=64, progressive_sparsity=0.5, qk_norm=True), DenseConfig()),
     (config(num_heads=8, num_kv_heads=4), MixtureOfHeadsConfig(num_shared_heads=2, heads_per_token=2), DenseConfig()),
     (config(num_heads=8), MixtureOfHeadsConfig(num_shared_heads=0, backend=SDPA, qk_norm=True), DenseConfig()),
+    (config(activation=Activation.mixture), GroupedAttentionConfig(), MOE),
+    (config(activation=Activation.mixture), GroupedAttentionConfig(), DenseConfig()),
+    (config(activation=Activation.hard_mixture), GroupedAttentionConfig(), DenseConfig()),
 ]
 
 

@@ -44,7 +44,7 @@ def random_input(num_tokens: int = 20, dtype: torch.dtype = torch.float32) -> Te
     return torch.randn(1, num_tokens, DIM, generator=torch.Generator().manual_seed(4)).to(dtype)
 
 
-@pytest.mark.parametrize("activation", list(Activation))
+@pytest.mark.parametrize("activation", [Activation.gelu, Activation.swiglu])
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 def test_grouped_equals_loop_in_output_and_gradients(activation: Activation, top_k: int) -> None:
     results = []

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
+from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaForCausalLM
 from transformers.models.mixtral.configuration_mixtral import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralForCausalLM, MixtralSparseMoeBlock
 from transformers.models.olmoe.configuration_olmoe import OlmoeConfig
@@ -18,7 +20,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBl
 
 from ava_exp.config.architecture import Architecture
 from ava_exp.config.attention import GroupedAttentionConfig
-from ava_exp.config.model import DispatchBackend
+from ava_exp.config.model import DispatchBackend, RopeScaling
 from ava_exp.config.router import DeepSeekRouterConfig, RouterConfig, TopKRouterConfig
 from ava_exp.models.decoder import build_model
 from ava_exp.nn.moe.layer import MoELayer
@@ -182,3 +184,66 @@ def test_the_whole_of_mixtral() -> None:
         expected, logits = theirs(some_ids(2, 20)).logits, decoder(some_ids(2, 20)).logits
     assert logits.std() > 0.1
     torch.testing.assert_close(logits, expected, rtol=0.0, atol=1e-5)
+
+
+@pytest.mark.parametrize("scaling", [RopeScaling.none, RopeScaling.linear, RopeScaling.yarn])
+def test_the_whole_of_llama_beyond_its_original_length(scaling: RopeScaling) -> None:
+    scaled = (
+        {"rope_scaling": scaling, "original_max_position_embeddings": 32} if scaling is not RopeScaling.none else {}
+    )
+    model = model_config(
+        num_heads=4,
+        num_kv_heads=2,
+        hidden_size=32,
+        initializer_range=0.3,
+        tie_embeddings=False,
+        max_position_embeddings=128,
+        **scaled,
+    )
+    decoder = build_model(Architecture(model)).eval()
+    rope: dict[str, Any] = {"rope_type": "default"}
+    if scaled:
+        rope = {"rope_type": scaling.value, "factor": 4.0, "original_max_position_embeddings": 32}
+    config = LlamaConfig(
+        vocab_size=model.vocab_size,
+        hidden_size=model.hidden_size,
+        intermediate_size=model.intermediate_size,
+        num_hidden_layers=model.num_layers,
+        num_attention_heads=model.num_heads,
+        num_key_value_heads=model.num_kv_heads,
+        max_position_embeddings=model.max_position_embeddings,
+        rms_norm_eps=model.norm_epsilon,
+        rope_parameters={**rope, "rope_theta": model.rope_theta},
+        tie_word_embeddings=False,
+    )
+    theirs = LlamaForCausalLM(config).eval()
+    assert decoder.head is not None
+    weights = {
+        "model.embed_tokens.weight": decoder.embedding.weight,
+        "model.norm.weight": decoder.final_norm.weight,
+        "lm_head.weight": decoder.head.weight,
+    }
+    for index, block in enumerate(decoder.blocks):
+        prefix, state = f"model.layers.{index}.", block.state_dict()
+        q, k, v = state["attention.query_key_value.weight"].split([32, 16, 16])
+        gate, up = state["feed_forward.up.weight"].chunk(2)
+        weights |= {
+            f"{prefix}input_layernorm.weight": state["attention_norm.weight"],
+            f"{prefix}post_attention_layernorm.weight": state["feed_forward_norm.weight"],
+            f"{prefix}self_attn.q_proj.weight": q,
+            f"{prefix}self_attn.k_proj.weight": k,
+            f"{prefix}self_attn.v_proj.weight": v,
+            f"{prefix}self_attn.o_proj.weight": state["attention.output.weight"],
+            f"{prefix}mlp.gate_proj.weight": gate,
+            f"{prefix}mlp.up_proj.weight": up,
+            f"{prefix}mlp.down_proj.weight": state["feed_forward.down.weight"],
+        }
+    theirs.load_state_dict(weights)
+    ids = some_ids(2, 120)
+    with torch.no_grad():
+        expected, logits = theirs(ids).logits, decoder(ids).logits
+        cache = decoder.new_cache(2, 120)
+        decoded = torch.cat([decoder(ids[:, t : t + 1], cache).logits for t in range(120)], dim=1)
+    assert logits.std() > 0.1
+    torch.testing.assert_close(logits, expected, rtol=0.0, atol=2e-5)
+    torch.testing.assert_close(decoded, expected, rtol=0.0, atol=2e-5)

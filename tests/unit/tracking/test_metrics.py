@@ -146,6 +146,9 @@ def test_names_for_trackers() -> None:
     evaluation = {"kind": "eval", "step": 3, "bits_per_byte": 1.5, "final": False}
     assert metric_values(evaluation) == {"eval/bits_per_byte": 1.5}
     assert metric_values({**evaluation, "final": True}) == {"final/bits_per_byte": 1.5}
+    learned = {**evaluation, "activation_weights": {"layer_1_shared": {"gelu": 0.75, "relu": 0.25}}}
+    shares = {f"eval/activations/layer_1_shared/{name}": share for name, share in (("gelu", 0.75), ("relu", 0.25))}
+    assert metric_values(learned) == {"eval/bits_per_byte": 1.5, **shares}
     observed = {
         **evaluation,
         "expert_load": [[0.5, 0.5], [1.0, 0.0, 0.0]],

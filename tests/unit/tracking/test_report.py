@@ -84,6 +84,17 @@ def test_the_experts_are_told_by_layer(tmp_path: Path, write_fake_run: WriteRun)
     assert "NMI with source" not in text and "visits per token" in text
 
 
+def test_learned_activations_are_told_by_network(tmp_path: Path, write_fake_run: WriteRun) -> None:
+    folder = write_fake_run(tmp_path / "run", num_steps=40)
+    assert "Activations at step" not in _page(folder).text
+    (*_, last) = (record for record in read_metrics(folder.metrics) if record["kind"] == "eval")
+    weights = {"layer_0": {"gelu": 0.5, "tanh": 0.5}, "layer_0_shared": {"gelu": 0.875, "tanh": 0.125}}
+    with MetricsFile(folder.metrics) as metrics:
+        metrics.append({**last, "step": 41, "activation_weights": weights})
+    text = re.sub(r"\s+", " ", _page(folder).text)
+    assert "Activations at step 41" in text and "layer 0 shared" in text and "87.5%" in text and "12.5%" in text
+
+
 @pytest.mark.parametrize(
     ("bits", "verdict"),
     [

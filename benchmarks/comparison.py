@@ -1,8 +1,11 @@
-"""Loss per token, per FLOP and per second of routers at equal active FLOPs: real trainings, several seeds each.
+"""Loss per token, per FLOP and per second at equal active FLOPs: real trainings, several seeds each.
 
-    python benchmarks/router_comparison.py [--steps 300] [--seeds 0,1,2] [--figure docs/images/routers.png]
+    python benchmarks/comparison.py routers [--steps 300] [--seeds 0,1,2] [--figure docs/images/routers.png]
+    python benchmarks/comparison.py architectures --seconds 45
 
-Every training is a point of one `-m` sweep over `experiment=equal_flops_…`, seeds outermost, so routers take turns.
+Every training is a point of one `-m` sweep over `experiment=equal_flops_…`, seeds outermost, so that all take turns.
+With `--steps` all train on the same tokens, which at equal active FLOPs cost the same FLOPs. With `--seconds` every
+run gets as many steps as its own speed makes of that time, and its schedule ends there.
 Seconds are of training steps alone. Nothing else may run on the machine meanwhile.
 """
 
@@ -13,6 +16,7 @@ import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +32,11 @@ from ava_exp.tracking.experts import expert_summary
 from ava_exp.tracking.figures import STYLE
 from ava_exp.tracking.metrics import of_kind, read_metrics
 
-EXPERIMENTS = ("dense", "topk", "switch", "deepseek", "sinkhorn", "expert_choice")
-FOLDER = Path("outputs/router_comparison")
+EXPERIMENTS = {
+    "routers": ("dense", "topk", "switch", "deepseek", "sinkhorn", "expert_choice"),
+    "architectures": ("dense", "topk", "mod", "hybrid", "multi_level", "mixture_of_heads", "multi_token"),
+}
+EVALUATION_TOKENS = 30_000
 Values = npt.NDArray[np.float64]
 
 
@@ -48,14 +55,12 @@ class Training:
     total: int
 
 
-def train(steps: int, seeds: str) -> None:
+def train(experiments: Sequence[str], seeds: str, budget: str, folder: Path) -> None:
     """Run what is not there yet: a second call goes on."""
-    points = ",".join(f"equal_flops_{name}" for name in EXPERIMENTS)
-    command = [sys.executable, "-m", "ava_exp", "-m", f"seed={seeds}", f"experiment={points}"]
-    command += [f"budget.steps={steps}", f"evaluation.interval_steps={max(1, steps // 10)}", "tracker=none"]
-    command += [f"output_dir={FOLDER}", "cache_dir=outputs/cache", "evaluation.sample_tokens=8"]
-    command += ["evaluation.max_tokens=30000"]
-    command += [f"checkpoint.save_every_n_batches={steps}"]
+    points = ",".join(f"equal_flops_{name}" for name in experiments)
+    command = [sys.executable, "-m", "ava_exp", "-m", f"seed={seeds}", f"experiment={points}", budget, "tracker=none"]
+    command += [f"output_dir={folder}", "cache_dir=outputs/cache", "evaluation.sample_tokens=8"]
+    command += [f"evaluation.max_tokens={EVALUATION_TOKENS}", "checkpoint.save_every_n_batches=1000000"]
     subprocess.run(command, check=True)
 
 
@@ -82,12 +87,10 @@ def read(folder: Path) -> Training:
 
 def table(groups: dict[str, list[Training]]) -> str:
     """Return Markdown: means over seeds, ± the standard deviation."""
-    common = min(training.seconds[-1] for group in groups.values() for training in group)
-    names = ["router", "seeds", "parameters (active)", "loss at the end", "bits per byte", "10¹² FLOPs", "seconds"]
-    names += [f"loss after {common:.0f} s", "Gini"]
+    names = ["experiment", "seeds", "parameters (active)", "loss at the end", "bits per byte", "10³ tokens"]
+    names += ["10¹² FLOPs", "seconds", "Gini"]
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for name, group in groups.items():
-        at_common = [float(np.interp(common, t.seconds, t.loss)) for t in group]
         ginis = [t.gini for t in group if t.gini is not None]
         cells = [
             name,
@@ -95,9 +98,9 @@ def table(groups: dict[str, list[Training]]) -> str:
             f"{group[0].total / 1e6:.1f} M ({group[0].active / 1e6:.1f} M)",
             spread([float(t.loss[-1]) for t in group], 3),
             spread([t.bits_per_byte for t in group], 3),
-            f"{group[0].flops[-1] / 1e12:.1f}",
+            f"{statistics.mean(float(t.tokens[-1]) for t in group) / 1e3:.0f}",
+            f"{statistics.mean(float(t.flops[-1]) for t in group) / 1e12:.1f}",
             spread([float(t.seconds[-1]) for t in group], 1),
-            spread(at_common, 3),
             f"{statistics.mean(ginis):.2f}" if ginis else "",
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -109,7 +112,7 @@ def spread(values: list[float], decimals: int) -> str:
     return f"{statistics.mean(values):.{decimals}f} ± {deviation:.{decimals}f}"
 
 
-def draw(groups: dict[str, list[Training]], path: Path) -> None:
+def draw(groups: dict[str, list[Training]], title: str, path: Path) -> None:
     """Validation loss against tokens, FLOPs and seconds: the mean of the seeds, and their range."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, 4), layout="constrained")
@@ -122,8 +125,9 @@ def draw(groups: dict[str, list[Training]], path: Path) -> None:
         for axis, (field, unit, label) in zip(axes, panels, strict=True):
             for number, (name, group) in enumerate(groups.items()):
                 colour = matplotlib.colormaps["tab10"](number)
-                x = np.mean([getattr(t, field) for t in group], axis=0) / unit
-                losses = np.array([t.loss for t in group])
+                num_evaluations = min(len(t.loss) for t in group)
+                x = np.mean([getattr(t, field)[:num_evaluations] for t in group], axis=0) / unit
+                losses = np.array([t.loss[:num_evaluations] for t in group])
                 # The first evaluations are far above, and would hide the differences.
                 shown = slice(len(x) // 4, None)
                 axis.plot(x[shown], losses.mean(axis=0)[shown], color=colour, label=name)
@@ -132,28 +136,35 @@ def draw(groups: dict[str, list[Training]], path: Path) -> None:
                 )
             axis.set_xlabel(label)
         axes[0].set_ylabel("validation loss (nats per token)")
-        axes[0].set_title("Routers at equal active FLOPs")
+        axes[0].set_title(title)
         axes[2].legend()
         figure.savefig(path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("experiments", choices=EXPERIMENTS)
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--steps", type=int, default=300)
+    budget.add_argument("--seconds", type=float)
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--figure", type=Path, default=FOLDER / "routers.png")
+    parser.add_argument("--figure", type=Path)
     arguments = parser.parse_args()
-    train(arguments.steps, arguments.seeds)
-    trainings = [read(path) for path in sorted((FOLDER / "runs").iterdir()) if is_whole(path, arguments.steps)]
-    groups = {name: [t for t in trainings if t.name == name] for name in EXPERIMENTS}
+    limit = f"seconds={arguments.seconds}" if arguments.seconds else f"steps={arguments.steps}"
+    folder = Path(f"outputs/comparison_{arguments.experiments}_{limit.replace('=', '_')}")
+    train(EXPERIMENTS[arguments.experiments], arguments.seeds, f"budget.{limit}", folder)
+    trainings = [read(path) for path in sorted((folder / "runs").iterdir()) if is_finished(path)]
+    groups = {name: [t for t in trainings if t.name == name] for name in EXPERIMENTS[arguments.experiments]}
     print(table(groups))
-    draw(groups, arguments.figure)
-    print(f"figure: {arguments.figure}")
+    figure = arguments.figure or folder / "comparison.png"
+    per = " and equal seconds" if arguments.seconds else ""
+    draw(groups, f"{arguments.experiments.capitalize()} at equal active FLOPs{per}", figure)
+    print(f"figure: {figure}")
 
 
-def is_whole(path: Path, steps: int) -> bool:
+def is_finished(path: Path) -> bool:
     status = json.loads((path / "status.json").read_text()) if (path / "status.json").exists() else {}
-    return bool(status.get("status") == "finished" and status.get("step") == steps)
+    return bool(status.get("status") == "finished")
 
 
 if __name__ == "__main__":
