@@ -65,7 +65,7 @@ def evaluate_by_position(model: Decoder, batches: Iterable[Batch], device: torch
     model.eval()
     nats, tokens = np.zeros(0), np.zeros(0, dtype=np.int64)
     for batch in batches:
-        output = model(batch.input_ids.to(device))
+        output = model(batch.input_ids.to(device), **batch.masks_on(device))
         labels = batch.labels.to(device)
         nats_BT = label_nats(output.hidden.flatten(0, 1), output.head, labels.flatten()).view(labels.shape)
         if not len(nats):

@@ -18,16 +18,19 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
-    ("device", "num_keys", "expected"),
+    ("device", "num_keys", "length", "expected"),
     [
-        ("cpu", PLAIN_LENGTH, AttentionBackend.plain),
-        ("cpu", PLAIN_LENGTH + 1, AttentionBackend.sdpa),
-        ("cuda", 16, AttentionBackend.sdpa),
-        ("mps", 16, AttentionBackend.sdpa),
+        ("cpu", PLAIN_LENGTH, 8, AttentionBackend.plain),
+        ("cpu", PLAIN_LENGTH + 1, 8, AttentionBackend.sdpa),
+        ("cpu", PLAIN_LENGTH + 1, 1, AttentionBackend.plain),
+        ("cuda", 16, 8, AttentionBackend.sdpa),
+        ("mps", 16, 8, AttentionBackend.sdpa),
     ],
 )
-def test_auto_goes_by_device_and_length(device: str, num_keys: int, expected: AttentionBackend) -> None:
-    assert SoftmaxAttention(AttentionBackend.auto, tells=False).choose(torch.device(device), num_keys) is expected
+def test_auto_goes_by_device_and_length(device: str, num_keys: int, length: int, expected: AttentionBackend) -> None:
+    assert (
+        SoftmaxAttention(AttentionBackend.auto, tells=False).choose(torch.device(device), num_keys, length) is expected
+    )
 
 
 def test_every_choice_is_logged_once_and_by_one_layer(caplog: pytest.LogCaptureFixture) -> None:
@@ -35,13 +38,13 @@ def test_every_choice_is_logged_once_and_by_one_layer(caplog: pytest.LogCaptureF
     layers = [SoftmaxAttention(AttentionBackend.auto, tells=number == 0) for number in range(3)]
     for num_keys in (8, 16, 600, 700):
         for layer in layers:
-            layer.choose(CPU, num_keys)
+            layer.choose(CPU, num_keys, 8)
     assert caplog.messages == [
         "attention over 8 keys on cpu: plain, chosen by `attention.backend=auto`",
         "attention over 600 keys on cpu: sdpa, chosen by `attention.backend=auto`",
     ]
     caplog.clear()
-    SoftmaxAttention(AttentionBackend.math, tells=True).choose(CPU, 8)
+    SoftmaxAttention(AttentionBackend.math, tells=True).choose(CPU, 8, 8)
     assert caplog.messages == ["attention over 8 keys on cpu: math"]
 
 
