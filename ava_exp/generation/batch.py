@@ -23,8 +23,9 @@ def check_settings(settings: GenerationSettings) -> None:
     for bound in BOUNDS:
         for key in bound.keys:
             section, _, name = key.partition(".")
-            if section == "stage" and hasattr(settings, name) and not bound.holds(getattr(settings, name)):
-                raise ConfigError(must_be(name, bound.expected, getattr(settings, name)))
+            value = getattr(settings, name, None) if section == "stage" else None
+            if value is not None and not bound.holds(value):
+                raise ConfigError(must_be(name, bound.expected, value))
     for name, expected, value in faults_of(settings):
         raise ConfigError(must_be(name, expected, value))
 

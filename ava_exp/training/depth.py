@@ -12,6 +12,7 @@ from ava_exp.nn.mod.depth import Depth
 class LayerDepth:
     """One layer's sums over a step."""
 
+    num_sequences: int = 0
     num_tokens: int = 0
     num_processed: int = 0
 
@@ -32,6 +33,7 @@ class DepthTally:
         """Add one micro-batch, one entry for every such layer. While training nothing waits for the device."""
         self.layers = self.layers or [LayerDepth() for _ in depths]
         for layer, depth in zip(self.layers, depths, strict=True):
+            layer.num_sequences += depth.num_sequences
             layer.num_tokens += depth.num_tokens
             layer.num_processed += depth.num_processed
 

@@ -244,7 +244,7 @@ class Trainer(ExpertSurgery):
     def _flops_of(self, flops: StepFlops, metrics: StepMetrics) -> float:
         num_visits = sum(layer.total for layer in self.visits)
         layers = self.depths.layers
-        num_sequences = layers[0].num_tokens // self.loader.sequence_length if layers else 1
+        num_sequences = layers[0].num_sequences if layers else 1
         return flops.of(metrics.num_tokens, num_visits, [layer.num_processed for layer in layers], num_sequences)
 
     def _mfu(self, metrics: StepMetrics, seconds: float) -> float | None:

@@ -60,7 +60,7 @@ def checkout(tmp_path: Path) -> Checkout:
 @pytest.mark.parametrize(
     ("override", "suggestion"),
     [
-        ("modle=small", "did you mean `model`?"),
+        ("modle=small", "did you mean `model` or `mod`?"),
         ("model=smal", "did you mean `small` or `cpu_small`?"),
         ("optimizer.learning_rat=1e-3", "did you mean `optimizer.learning_rate`"),
         ("+optimizer.learning_rat=1e-3", "did you mean `optimizer.learning_rate`"),

@@ -122,7 +122,7 @@ def test_the_validate_stage_prints_its_report(command_line: CommandLine) -> None
 def test_composition_errors_are_one_line(command_line: CommandLine) -> None:
     outcome = command_line("modle=small")
     assert (outcome.code, outcome.out) == (EXIT_USER_ERROR, "")
-    assert outcome.err == "ava_exp: `modle` does not exist: did you mean `model`?\n"
+    assert outcome.err == "ava_exp: `modle` does not exist: did you mean `model` or `mod`?\n"
 
 
 @pytest.mark.parametrize("arguments", [["--cfg", "job"], ["--info", "defaults-tree"], ["-m"]])

@@ -18,6 +18,7 @@ class Depth:
 
     token_ids: Tensor
     """Shape (N,), int64: the tokens that were processed, as places among the B · T."""
+    num_sequences: int
     num_tokens: int
     """B · T, without the padding of prompts."""
     num_pairs: int
@@ -51,6 +52,7 @@ class Decision:
         selection = self.selection
         return Depth(
             token_ids=selection.token_ids,
+            num_sequences=selection.shape[0],
             num_tokens=selection.num_tokens,
             num_pairs=selection.num_pairs if attends else 0,
             losses=self.losses,
