@@ -36,11 +36,13 @@ from ava_exp.config.mod import (
     StaticModConfig,
 )
 from ava_exp.config.model import ModelConfig
+from ava_exp.generation.batch import prepared
 from ava_exp.losses.terms import StepContext, build_losses
 from ava_exp.models.arithmetic import training_flops
 from ava_exp.models.decoder import Decoder, build_model
 from ava_exp.nn.mod.learned import LearnedDepth
 from ava_exp.nn.output import ModelOutput
+from ava_exp.runtime import keep_freed_memory
 
 VOCABULARY = 512
 
@@ -124,9 +126,10 @@ def prefill(case: Case, ids: Tensor) -> tuple[float, float]:
     model = case.model.eval()
     batch, length = ids.shape
     cache = model.new_cache(batch, length)
-    started = time.perf_counter()
-    output = model(ids, cache)
-    seconds = time.perf_counter() - started
+    with prepared(model, length):
+        started = time.perf_counter()
+        output = model(ids, cache)
+        seconds = time.perf_counter() - started
     flops = flops_of(case, [output], batch * length, batch * length * (length + 1) // 2)
     return seconds, flops + pair_flops(case) * sum(depth.num_pairs for depth in output.depths)
 
@@ -150,20 +153,21 @@ def decode(case: Case, ids: Tensor, num_tokens: int) -> tuple[float, float]:
     model = case.model.eval()
     batch, length = ids.shape
     cache = model.new_cache(batch, length + num_tokens)
-    model(ids[:, :-1], cache)
     outputs, seconds, pairs, whole = [], 0.0, 0, 0
-    generator = torch.Generator().manual_seed(0)
-    for step in range(num_tokens):
-        token = torch.randint(VOCABULARY, (batch, 1), generator=generator)
-        held = [layer.ragged_lengths().clone() for layer in cache.layers]
-        started = time.perf_counter()
-        output = model(token, cache)
-        seconds += time.perf_counter() - started
-        outputs.append(output)
-        whole += batch * (length + step)
-        for layer in model.mod_layers() if skips_attention(case) else ():
-            after = cache.layers[layer].ragged_lengths()
-            pairs += int(after[after > held[layer]].sum())
+    with prepared(model, num_tokens):
+        model(ids[:, :-1], cache)
+        generator = torch.Generator().manual_seed(0)
+        for step in range(num_tokens):
+            token = torch.randint(VOCABULARY, (batch, 1), generator=generator)
+            held = [layer.ragged_lengths().clone() for layer in cache.layers]
+            started = time.perf_counter()
+            output = model(token, cache)
+            seconds += time.perf_counter() - started
+            outputs.append(output)
+            whole += batch * (length + step)
+            for layer in model.mod_layers() if skips_attention(case) else ():
+                after = cache.layers[layer].ragged_lengths()
+                pairs += int(after[after > held[layer]].sum())
     return seconds, flops_of(case, outputs, batch * num_tokens, whole) + pair_flops(case) * pairs
 
 
@@ -183,6 +187,7 @@ def main() -> None:
     """Measure all cases by turns and print the table."""
     options = parse()
     torch.set_num_threads(options.num_threads)
+    keep_freed_memory()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(VOCABULARY, (options.batch_size, options.length), generator=generator)
     cases = cases_of(options)

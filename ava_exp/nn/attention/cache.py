@@ -90,17 +90,35 @@ class LayerCache:
         Of sequence r only the first `counts[r]` count: what follows is padding, and overwritten by what is added next.
         `positions` (R, T) are needed where tokens skip the layer. Raises ValueError when the capacity is exceeded.
         """
-        length = k_RKTC.shape[2]
-        if rows is None and counts is None and isinstance(self.lengths, int):
-            start, stop = self.lengths, self.lengths + length
-            self._reserve(stop)
-            for buffer, new in zip(self.buffers, (k_RKTC, v_RKTC, *others_RHTC), strict=True):
-                buffer[:, :, start:stop] = new
-            self._keep_positions(slice(None), slice(start, stop), positions)
+        added = (k_RKTC, v_RKTC, *others_RHTC)
+        if isinstance(self.lengths, int):
+            return self._extend_even(self.lengths, added, rows, counts, positions)
+        return self._extend_ragged(added, rows, counts, positions)
+
+    def _extend_even(
+        self,
+        start: int,
+        added: Sequence[Tensor],
+        rows: Tensor | None,
+        counts: Tensor | None,
+        positions: Tensor | None,
+    ) -> Held:
+        """Add entries behind as many in every sequence: in one piece, and the same mask serves all."""
+        length, everyone = added[0].shape[2], slice(None) if rows is None else rows
+        stop = start + length
+        self._reserve(start + (length if counts is None or not len(counts) else int(counts.max())), stop)
+        for buffer, new in zip(self.buffers, added, strict=True):
+            buffer[everyone, :, start:stop] = new
+        self._keep_positions(everyone, slice(start, stop), positions)
+        if rows is None and counts is None:
             self.lengths = stop
-            keys, values, *others = (buffer[:, :, :stop] for buffer in self.buffers)
-            return Held(keys, values, start, tuple(others))
-        return self._extend_ragged((k_RKTC, v_RKTC, *others_RHTC), rows, counts, positions)
+        else:
+            lengths = self.ragged_lengths()
+            lengths[everyone] = start + (length if counts is None else counts)
+            self.lengths = lengths
+        held = (buffer[:, :, :stop] for buffer in self.buffers)  # padding is in them, behind what anybody sees
+        keys, values, *others = held if rows is None else (buffer.index_select(0, rows) for buffer in held)
+        return Held(keys, values, start, tuple(others))
 
     def _extend_ragged(
         self, added: Sequence[Tensor], rows: Tensor | None, counts: Tensor | None, positions: Tensor | None
