@@ -79,7 +79,7 @@ def calibrate(model: Decoder, ids: Tensor) -> None:
         if not isinstance(router, LearnedDepth):
             continue
         seen: list[Tensor] = []
-        hook = router.predictor.register_forward_hook(lambda _, __, logits, into=seen: into.append(logits))
+        hook = router.predictor.score.register_forward_hook(lambda _, __, logits, into=seen: into.append(logits))
         with torch.inference_mode():
             model(ids)
         hook.remove()
@@ -199,8 +199,8 @@ def main() -> None:
         "decode": lambda case: decode(case, ids[:, : options.length // 2], options.new_tokens),
         "decode, batch 1": lambda case: decode(case, ids[:1, : options.length // 2], options.new_tokens),
     }
-    for measured in range(options.rounds + 1):
-        for name, phase in phases.items():
+    for name, phase in phases.items():
+        for measured in range(options.rounds + 1):
             for case in cases:
                 seconds, case.flops[name] = phase(case)
                 if measured:  # the first round warms up

@@ -22,6 +22,7 @@ from ava_exp.nn.ffn import FeedForward
 from ava_exp.nn.init import initialize
 from ava_exp.nn.mod.depth import Depth, DepthRouter, positions_of
 from ava_exp.nn.mod.learned import LearnedDepth
+from ava_exp.nn.mod.selection import multiple_of
 from ava_exp.nn.moe.experts import Experts
 from ava_exp.nn.moe.layer import CapacityLimit, MoELayer
 from ava_exp.nn.moe.routing import Routing
@@ -79,11 +80,12 @@ class Block(nn.Module):
             batch, length, _ = x_BTD.shape
             positions_BT = positions_of(context, batch, length, x_BTD.device)
             after, heads = self._attend(before, selection.context(context, positions_BT))
-        # Padding is left out from here on: it would visit experts.
-        after, routing = self._feed(selection.compact(after))
+        # Padding is left out from here on: it would visit experts. A dense network may have some.
+        multiple = 1 if isinstance(self.feed_forward, MoELayer) else multiple_of(x_BTD)
+        after, routing = self._feed(selection.compact(after, multiple))
         if routing is not None and not selection.is_everything:
             routing.token_ids = selection.token_ids
-        processed = self.mod.blend(selection.compact(before), after)
+        processed = self.mod.blend(selection.compact(before, multiple), after)
         return selection.put(x_BTD, processed), routing, heads, depth
 
     def _attend(self, x: Tensor, context: AttentionContext) -> tuple[Tensor, HeadRouting | None]:

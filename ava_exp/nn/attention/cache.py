@@ -38,12 +38,20 @@ class Held:
         return Held(self.keys[:, :, unseen:], self.values[:, :, unseen:], self.starts - unseen)
 
 
+READ_AT_ONCE = 64
+"""Of a cache in 16 bits a CPU reads multiples of so many entries for one new one, and masks the rest: it compiles a
+kernel for every number of keys that it has not met, which costs more than to read a few more."""
+
+
 class LayerCache:
     """Keys and values that one layer computed for B sequences, and what else a kind of attention keeps of its entries:
     `num_other_heads` says how many heads each of the others has.
 
     `lengths` is the number of entries: one number as long as it is the same for all sequences, else (B,) int64.
     """
+
+    reads_exactly = False
+    """Whether what is held must end with the last entry of the longest sequence."""
 
     def __init__(
         self,
@@ -115,8 +123,9 @@ class LayerCache:
         else:
             lengths = self.ragged_lengths()
             lengths[everyone] = start + (length if counts is None else counts)
-            self.lengths = lengths
-        held = (buffer[:, :, :stop] for buffer in self.buffers)  # padding is in them, behind what anybody sees
+            self.lengths = int(lengths) if len(lengths) == 1 else lengths
+        read = self._read(stop, length)
+        held = (buffer[:, :, :read] for buffer in self.buffers)  # padding is in them, behind what anybody sees
         keys, values, *others = held if rows is None else (buffer.index_select(0, rows) for buffer in held)
         return Held(keys, values, start, tuple(others))
 
@@ -134,11 +143,18 @@ class LayerCache:
             buffer[rows[:, None], :, entries_RT] = new.transpose(1, 2)
         self._keep_positions(rows[:, None], entries_RT, positions)
         self.lengths = lengths.index_copy(0, rows, stops)
-        longest = int(stops.max()) if len(rows) else 0
-        held = (buffer[:, :, :longest] for buffer in self.buffers)
+        read = self._read(int(stops.max()), length) if len(rows) else 0
+        held = (buffer[:, :, :read] for buffer in self.buffers)
         # Views for everyone; to select rows is six times as fast on a CPU as indexing with them.
         keys, values, *others = held if everyone else (buffer.index_select(0, rows) for buffer in held)
         return Held(keys, values, starts, tuple(others))
+
+    def _read(self, longest: int, length: int) -> int:
+        """Return how many entries attention is given, of which `longest` are held, for `length` new ones."""
+        keys = self.keys
+        if length > 1 or self.reads_exactly or keys.device.type != "cpu" or keys.element_size() != 2:
+            return longest
+        return min(keys.shape[2], -(-longest // READ_AT_ONCE) * READ_AT_ONCE)
 
     def ragged_lengths(self) -> Tensor:
         """Return the number of entries of every sequence, (B,) int64."""
@@ -295,7 +311,8 @@ def visible(held: Held, length: int, window: int | None = None) -> Tensor | None
     None stands for what needs no mask: one new entry that sees all. `window` limits the view to as many entries.
     """
     num_keys, device = held.keys.shape[2], held.keys.device
-    if length == 1 and isinstance(held.starts, int) and (window is None or num_keys <= window):
+    sees_all = length == 1 and isinstance(held.starts, int) and num_keys == held.starts + 1
+    if sees_all and (window is None or num_keys <= window):
         return None
     starts = torch.as_tensor(held.starts, device=device)
     last = starts.reshape(-1, 1, 1) + torch.arange(length, device=device)[:, None]  # (R or 1, T, 1)

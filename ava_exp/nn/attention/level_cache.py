@@ -20,6 +20,8 @@ class LevelCache(LayerCache):
     All queries are kept: after `truncate`, any block may be the last one again, and its query is a mean of them.
     """
 
+    reads_exactly = True
+
     def __init__(
         self,
         batch_size: int,

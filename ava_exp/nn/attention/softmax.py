@@ -72,7 +72,8 @@ class SoftmaxAttention:
             return band.join(self.masked(*chunks, dropout), q_RHTC.shape)
         if window is not None:
             held = held.last(window)
-        mask = None if whole and documents_RT is None and window is None else visible(held, length, window)
+        alone = whole and length == num_keys and documents_RT is None and window is None
+        mask = None if alone else visible(held, length, window)
         if documents_RT is not None and length > 1:
             assert mask is not None
             mask = mask & (documents_RT[:, None, :, None] == documents_RT[:, None, None, :])

@@ -10,7 +10,14 @@ from torch import Tensor
 from ava_exp.config.mod import STEPS_PER_TOKEN, num_chosen, pattern_steps
 from ava_exp.nn.attention.cache import AttentionContext
 from ava_exp.nn.mod.depth import Decision, DepthRouter, positions_of, real_tokens
-from ava_exp.nn.mod.selection import Selection, select_alike, select_as_many, select_everything, select_where
+from ava_exp.nn.mod.selection import (
+    Selection,
+    multiple_of,
+    select_alike,
+    select_as_many,
+    select_everything,
+    select_where,
+)
 
 WORD = 2**32 - 1
 
@@ -37,8 +44,8 @@ class FixedDepth(DepthRouter):
             return select_alike(chosen_T.nonzero().squeeze(1).to(x_BTD.device), batch, length)
         chosen_BT = self.chosen(positions_of(context, batch, length, x_BTD.device))
         if real_BT is None:
-            return select_where(chosen_BT, chosen_BT.numel())
-        return select_where(chosen_BT & real_BT, int(real_BT.sum()))
+            return select_where(chosen_BT, chosen_BT.numel(), multiple_of(x_BTD))
+        return select_where(chosen_BT & real_BT, int(real_BT.sum()), multiple_of(x_BTD))
 
 
 class StaticDepth(FixedDepth):

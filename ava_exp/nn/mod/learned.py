@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ava_exp.config.mod import num_chosen
 from ava_exp.nn.attention.cache import AttentionContext
 from ava_exp.nn.mod.depth import Decision, DepthRouter, real_tokens
-from ava_exp.nn.mod.selection import select_as_many, select_everything, select_where
+from ava_exp.nn.mod.selection import multiple_of, select_as_many, select_everything, select_where
 
 EPSILON = 1e-6
 
@@ -47,11 +47,11 @@ class LearnedDepth(DepthRouter):
         if self.training or self.looks_ahead:
             return self._choose_best(x_BTD, context)
         with torch.no_grad():
-            chosen_BT = self.predictor(x_BTD, inverse_root_mean_square(x_BTD)) > 0
+            chosen_BT = self.predictor.infer(x_BTD) > 0
         real_BT = real_tokens(context, x_BTD.shape[1])
         if real_BT is None:
-            return Decision(selection=select_where(chosen_BT, chosen_BT.numel()))
-        return Decision(selection=select_where(chosen_BT & real_BT, int(real_BT.sum())))
+            return Decision(selection=select_where(chosen_BT, chosen_BT.numel(), multiple_of(x_BTD)))
+        return Decision(selection=select_where(chosen_BT & real_BT, int(real_BT.sum()), multiple_of(x_BTD)))
 
     def _choose_best(self, x_BTD: Tensor, context: AttentionContext) -> Decision:
         assert context.cache is None and context.counts is None, "the best are those of whole sequences"
@@ -75,7 +75,8 @@ class LearnedDepth(DepthRouter):
         return Decision(selection=selection, losses={"mod_predictor_loss": loss}, num_predicted=hits)
 
     def blend(self, x: Tensor, processed: Tensor) -> Tensor:
-        weight = 2 * self.router(x, inverse_root_mean_square(x)).sigmoid()
+        score = self.router(x, inverse_root_mean_square(x)) if torch.is_grad_enabled() else self.router.infer(x)
+        weight = 2 * score.sigmoid()
         return torch.lerp(x, processed, weight[..., None].to(x.dtype))
 
 
@@ -99,6 +100,16 @@ class TokenScore(nn.Module):
         if self.up.bias is not None:
             h = h + self.up.bias.to(wide)
         return _linear(F.silu(h), self.score.weight, self.score.bias).squeeze(-1)
+
+    def infer(self, x: Tensor) -> Tensor:
+        """Return the same without gradients, (…,), in the format of x up to the result, which is fp32 or wider.
+
+        A text that is written token by token pays for every operation.
+        """
+        h = F.rms_norm(x, x.shape[-1:], eps=EPSILON)
+        if self.up is not None:
+            h = F.silu(self.up(h))
+        return self.score(h).squeeze(-1).to(torch.promote_types(x.dtype, torch.float32))  # type: ignore[no-any-return]
 
 
 def inverse_root_mean_square(x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ava_exp.nn.attention.cache import AttentionContext
@@ -59,15 +60,21 @@ class Selection:
         places = (rows[:, None] * length + self.tokens).flatten()
         return x_BTD.flatten(0, 1).index_select(0, places).view(*self.tokens.shape, -1)
 
-    def compact(self, x_RMD: Tensor) -> Tensor:
-        """Return the N tokens without padding: (R, M, D) as it is, or (1, N, D) where sequences differ."""
-        return x_RMD if self.places is None else x_RMD.flatten(0, 1).index_select(0, self.places)[None]
+    def compact(self, x_RMD: Tensor, multiple: int = 1) -> Tensor:
+        """Return the N tokens without padding: (R, M, D) as it is, or (1, N, D) where sequences differ.
+
+        With a `multiple` N is filled up to one, by tokens that `put` leaves out.
+        """
+        if self.places is None:
+            return x_RMD
+        places = F.pad(self.places, (0, -len(self.places) % multiple))
+        return x_RMD.flatten(0, 1).index_select(0, places)[None]
 
     def put(self, x_BTD: Tensor, processed: Tensor) -> Tensor:
         """Return (B, T, D) with the N tokens, as `compact` gave them, in place of what they were."""
         if self.tokens is None:
             return processed
-        flat = x_BTD.flatten(0, 1).index_copy(0, self.token_ids, processed.flatten(0, 1))
+        flat = x_BTD.flatten(0, 1).index_copy(0, self.token_ids, processed.flatten(0, 1)[: len(self.token_ids)])
         return flat.view_as(x_BTD)
 
     def context(self, context: AttentionContext, positions_BT: Tensor) -> AttentionContext:
@@ -115,15 +122,25 @@ def select_as_many(tokens_BM: Tensor, length: int) -> Selection:
     return Selection(token_ids=token_ids, num_tokens=batch * length, shape=(batch, length), tokens=tokens_BM)
 
 
-def select_where(chosen_BT: Tensor, num_tokens: int) -> Selection:
-    """Return the selection of the true ones; waits for the device. `num_tokens` is how many could be.
+def multiple_of(x: Tensor) -> int:
+    """Return a number of which the numbers of rows that products get should be multiples: in 16 bits a CPU compiles a
+    kernel for every number that it has not met, which takes longer than to multiply a few rows more."""
+    return 32 if x.device.type == "cpu" and x.element_size() == 2 else 1
+
+
+def select_where(chosen_BT: Tensor, num_tokens: int, multiple: int = 1) -> Selection:
+    """Return the selection of the true ones; waits for the device. `num_tokens` is how many could be; sequences are
+    filled up to a `multiple` of tokens if they are long enough.
 
     The N tokens come in the order of their place in the sequence, and at the same place in that of the sequences: as
     experts with a capacity admit them.
     """
     batch, length = chosen_BT.shape
+    if batch == length == 1 and bool(chosen_BT):
+        return select_everything(batch, length, chosen_BT.device)
     counts_B = chosen_BT.sum(dim=1)
     total, longest, shortest = (int(value) for value in (counts_B.sum(), counts_B.max(), counts_B.min()))
+    longest = min(length, longest + -longest % multiple)
     if total == batch * length:
         return select_everything(batch, length, chosen_BT.device)
     rows = counts_B.nonzero().squeeze(1) if shortest == 0 else None
