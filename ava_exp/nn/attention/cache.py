@@ -7,6 +7,7 @@ may skip, hold different numbers of them; what lies behind a sequence's entries 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -311,13 +312,25 @@ def visible(held: Held, length: int, window: int | None = None) -> Tensor | None
     None stands for what needs no mask: one new entry that sees all. `window` limits the view to as many entries.
     """
     num_keys, device = held.keys.shape[2], held.keys.device
-    sees_all = length == 1 and isinstance(held.starts, int) and num_keys == held.starts + 1
-    if sees_all and (window is None or num_keys <= window):
-        return None
-    starts = torch.as_tensor(held.starts, device=device)
+    if length == 1 and isinstance(held.starts, int):
+        if num_keys == held.starts + 1 and (window is None or num_keys <= window):
+            return None
+        return _seen_by_one(held.starts, num_keys, window, device)
+    return _seen(held.starts, length, num_keys, window, device)
+
+
+@functools.lru_cache(maxsize=2)
+def _seen_by_one(start: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:
+    """All layers ask for the same while one token is read."""
+    with torch.inference_mode(False):
+        return _seen(start, 1, num_keys, window, device)
+
+
+def _seen(starts_R: int | Tensor, length: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:
+    starts = torch.as_tensor(starts_R, device=device)
     last = starts.reshape(-1, 1, 1) + torch.arange(length, device=device)[:, None]  # (R or 1, T, 1)
     entries = torch.arange(num_keys, device=device)
     seen = entries <= last
     if window is not None:
         seen &= entries > last - window
-    return seen[0] if isinstance(held.starts, int) else seen[:, None]
+    return seen[0] if isinstance(starts_R, int) else seen[:, None]
