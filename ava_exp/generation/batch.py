@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ava_exp.config.bounds import BOUNDS
 from ava_exp.config.generation import GenerationSettings, faults_of
-from ava_exp.config.rules import BOUNDS
 from ava_exp.errors import ConfigError, UserError, must_be
 from ava_exp.models.decoder import Decoder
 from ava_exp.nn.attention.cache import KeyValueCache

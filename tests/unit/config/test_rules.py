@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from ava_exp.config.bounds import BOUNDS, Bound, value_at
 from ava_exp.config.compose import compose
 from ava_exp.config.machine import DeviceType, Precision
-from ava_exp.config.rules import BOUNDS, MIN_VOCABULARY, Bound, value_at
+from ava_exp.config.rules import MIN_VOCABULARY
 from ava_exp.config.run import RunConfig
 from ava_exp.config.schema import all_keys, annotations_at, options_with
 from ava_exp.config.validate import Severity, is_blocked, precision_faults, raise_if_fatal, report, validate

@@ -1,0 +1,201 @@
+"""What single values must be: one line of `BOUNDS` for every number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+def value_at(config: Any, key: str) -> Any:
+    """Return the value at a dotted key; None where it is null or the chosen option has no such key."""
+    for part in key.split("."):
+        config = getattr(config, part, None)
+    return config
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """A condition that the values at `keys` must meet; keys that are null or absent are left out."""
+
+    expected: str
+    holds: Callable[[Any], bool]
+    keys: tuple[str, ...]
+
+
+BOUNDS = (
+    Bound(
+        "at least 1",
+        lambda value: value >= 1,
+        (
+            "model.vocab_size",
+            "model.hidden_size",
+            "model.num_layers",
+            "model.num_heads",
+            "model.num_kv_heads",
+            "model.head_dim",
+            "model.intermediate_size",
+            "model.max_position_embeddings",
+            "model.original_max_position_embeddings",
+            "model.rope_scaling_factor",
+            "model.num_experts",
+            "model.claimed_parameters",
+            "model.claimed_active_parameters",
+            "sparsity.num_experts",
+            "sparsity.intermediate_size",
+            "prediction.head_width",
+            "sparsity.router.moe_top_k",
+            "sparsity.router.num_iterations",
+            "sparsity.router.num_groups",
+            "sparsity.router.groups_per_token",
+            "sparsity.router.max_experts",
+            "attention.sliding_window",
+            "attention.num_levels",
+            "attention.heads_per_token",
+            "data.sequence_length",
+            "tokenizer.min_frequency",
+            "schedule.num_cycles",
+            "loss.repetition_ngram_size",
+            "hardware.batch_size",
+            "hardware.num_devices",
+            "hardware.num_threads",
+            "precision.scale_window",
+            "budget.steps",
+            "budget.tokens",
+            "training.batch_size",
+            "training.gradient_accumulation_steps",
+            "training.max_skipped_steps",
+            "training.log_interval",
+            "evaluation.interval_steps",
+            "evaluation.max_tokens",
+            "checkpoint.save_every_n_batches",
+            "mod.router_hidden_size",
+            "mod.predictor_hidden_size",
+            "stage.max_new_tokens",
+            "stage.num_beams",
+            "stage.num_samples",
+            "stage.max_tokens",
+            "stage.sequence_length",
+        ),
+    ),
+    Bound(
+        "above 0",
+        lambda value: value > 0,
+        (
+            "model.norm_epsilon",
+            "model.rope_theta",
+            "model.yarn_beta_fast",
+            "model.yarn_beta_slow",
+            "model.yarn_attention_factor",
+            "model.initializer_range",
+            "sparsity.capacity_factor",
+            "sparsity.router.routing_temperature",
+            "sparsity.router.routed_scaling_factor",
+            "sparsity.router.average_experts",
+            "mod.predictor_weight",
+            "model.learning_rate",
+            "optimizer.learning_rate",
+            "stage.learning_rate",
+            "optimizer.epsilon",
+            "model.claimed_memory_gb",
+            "hardware.memory_gib",
+            "hardware.bandwidth_gb_per_s",
+            "hardware.price_per_hour",
+            "hardware.peak_tflops.fp32",
+            "hardware.peak_tflops.tf32",
+            "hardware.peak_tflops.fp16",
+            "hardware.peak_tflops.bf16",
+            "hardware.peak_tflops.fp8",
+            "precision.init_scale",
+            "precision.min_scale",
+            "budget.epochs",
+            "budget.seconds",
+            "budget.default_seconds",
+            "budget.chinchilla_multiplier",
+            "training.gradient_clip_val",
+            "stage.repetition_penalty",
+        ),
+    ),
+    Bound(
+        "0 or more",
+        lambda value: value >= 0,
+        (
+            "seed",
+            "model.load_balancing_weight",
+            "sparsity.num_shared_experts",
+            "attention.num_shared_heads",
+            "attention.head_balance_weight",
+            "sparsity.first_k_dense",
+            "sparsity.router.load_balancing_weight",
+            "sparsity.router.load_balancing_weight_end",
+            "sparsity.router.absolute_deviation_weight",
+            "sparsity.router.router_z_loss_weight",
+            "sparsity.router.sequence_balance_weight",
+            "sparsity.router.routing_entropy_weight",
+            "sparsity.router.bias_update_rate",
+            "loss.z_loss_weight",
+            "loss.immediate_repetition_weight",
+            "loss.repetition_penalty_weight",
+            "loss.entropy_regularization",
+            "loss.output_diversity_weight",
+            "mod.start_layer",
+            "mod.end_layer",
+            "optimizer.weight_decay",
+            "prediction.num_prediction_heads",
+            "prediction.mtp_weight",
+            "schedule.warmup_steps",
+            "schedule.warmup_tokens",
+            "data.max_bad_rows",
+            "evaluation.sample_tokens",
+            "checkpoint.save_total_limit",
+            "stage.temperature",
+            "stage.top_k",
+            "stage.no_repeat_ngram_size",
+            "stage.length_penalty",
+            "stage.layer",
+            "stage.expert",
+            "stage.other",
+            "stage.noise",
+        ),
+    ),
+    Bound(
+        "at least 0 and below 1",
+        lambda value: 0 <= value < 1,
+        (
+            "model.dropout",
+            "attention.attention_dropout",
+            "sparsity.expert_dropout",
+            "loss.label_smoothing",
+            "sparsity.router.jitter",
+            "sparsity.router.whole_expert_dropout",
+            "sparsity.router.threshold_momentum",
+            "schedule.warmup_ratio",
+        ),
+    ),
+    Bound(
+        "between 0 and 1",
+        lambda value: 0 <= value <= 1,
+        (
+            "schedule.min_lr_ratio",
+            "schedule.decay_ratio",
+            "mod.annealing_ratio",
+            "prediction.confidence_threshold",
+            "prediction.confidence_threshold_train",
+            "stage.confidence_threshold",
+        ),
+    ),
+    Bound("above 0 and below 1", lambda value: 0 < value < 1, ("data.validation_fraction",)),
+    Bound(
+        "above 0 and at most 1",
+        lambda value: 0 < value <= 1,
+        (
+            "stage.top_p",
+            "stage.assumed_mfu",
+            "sparsity.router.threshold",
+            "attention.progressive_sparsity",
+            "mod.capacity_factor",
+            "mod.capacity_start",
+        ),
+    ),
+    Bound("above 1", lambda value: value > 1, ("precision.scale_factor",)),
+)
