@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,35 +50,9 @@ class MixtureOfHeads(GroupedAttention):
     in grouped attention, and a head reads those of all tokens, whether or not they chose it.
     """
 
-    def __init__(
-        self,
-        attention_dropout: float,
-        qk_norm: bool,
-        backend: AttentionBackend,
-        dim: int,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        layer: int,
-        num_shared_heads: int,
-        heads_per_token: int,
-        bias: bool = False,
-        norm_epsilon: float = 1e-5,
-        sliding_window: int | None = None,
-    ) -> None:
-        super().__init__(
-            attention_dropout,
-            qk_norm,
-            backend,
-            dim,
-            num_heads,
-            num_kv_heads,
-            head_dim,
-            layer,
-            bias,
-            norm_epsilon,
-            sliding_window,
-        )
+    def __init__(self, dim: int, num_heads: int, num_shared_heads: int, heads_per_token: int, **grouped: Any) -> None:
+        """`grouped` are the other keywords of `GroupedAttention`."""
+        super().__init__(dim=dim, num_heads=num_heads, **grouped)
         self.num_shared_heads, self.heads_per_token = num_shared_heads, heads_per_token
         self.num_routed_heads = num_heads - num_shared_heads
         self.head_router = nn.Linear(dim, num_heads + (2 if num_shared_heads else 0), bias=False)

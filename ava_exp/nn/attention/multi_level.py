@@ -3,11 +3,13 @@ outline, fused by learned weights."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ava_exp.config.attention import AttentionBackend, level_window
+from ava_exp.config.attention import level_window
 from ava_exp.nn.attention.cache import AttentionContext, Held, LayerCache
 from ava_exp.nn.attention.grouped import GroupedAttention
 from ava_exp.nn.attention.level_cache import LevelCache, blocks_of
@@ -27,37 +29,11 @@ class MultiLevelAttention(GroupedAttention):
     layer processes. The text means all levels to cost 5/8 of plain attention; at three they cost 21/16 of its scores.
     """
 
-    def __init__(
-        self,
-        attention_dropout: float,
-        qk_norm: bool,
-        backend: AttentionBackend,
-        dim: int,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        layer: int,
-        bias: bool = False,
-        norm_epsilon: float = 1e-5,
-        sliding_window: int | None = None,
-        num_levels: int = 3,
-        progressive_sparsity: float = 1.0,
-    ) -> None:
-        super().__init__(
-            attention_dropout,
-            qk_norm,
-            backend,
-            dim,
-            num_heads,
-            num_kv_heads,
-            head_dim,
-            layer,
-            bias,
-            norm_epsilon,
-            sliding_window,
-        )
+    def __init__(self, dim: int, num_levels: int = 3, progressive_sparsity: float = 1.0, **grouped: Any) -> None:
+        """`grouped` are the keywords of `GroupedAttention`."""
+        super().__init__(dim=dim, **grouped)
         self.num_levels = num_levels
-        self.windows = [level_window(sliding_window, progressive_sparsity, level) for level in range(num_levels)]
+        self.windows = [level_window(self.sliding_window, progressive_sparsity, level) for level in range(num_levels)]
         self.fusion = nn.Linear(dim, num_levels, bias=False) if num_levels > 1 else None
 
     def forward(self, x_BTD: Tensor, context: AttentionContext) -> Tensor:
