@@ -73,7 +73,7 @@ def packed(model: nn.Module, *, wanted: bool = True) -> Iterator[bool]:
     modules = list(model.modules()) if is_packed else []
     try:
         for module in modules:
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and module.out_features > 1:  # one is a dot product
                 module.forward = PackedProduct(module.weight, module.bias)  # type: ignore[method-assign, assignment]
             elif isinstance(module, Packable):
                 module.pack()

@@ -315,15 +315,16 @@ def visible(held: Held, length: int, window: int | None = None) -> Tensor | None
     if length == 1 and isinstance(held.starts, int):
         if num_keys == held.starts + 1 and (window is None or num_keys <= window):
             return None
-        return _seen_by_one(held.starts, num_keys, window, device)
+        first = num_keys - 1 - held.starts
+        return _seen_by_one(num_keys, window, device)[:, first : first + num_keys]
     return _seen(held.starts, length, num_keys, window, device)
 
 
-@functools.lru_cache(maxsize=2)
-def _seen_by_one(start: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:
-    """All layers ask for the same while one token is read."""
+@functools.lru_cache(maxsize=8)
+def _seen_by_one(num_keys: int, window: int | None, device: torch.device) -> Tensor:
+    """Return what one new entry sees, whatever it is: the S entries from `S - 1 - start` on, (1, 2 S - 1)."""
     with torch.inference_mode(False):
-        return _seen(start, 1, num_keys, window, device)
+        return _seen(num_keys - 1, 1, 2 * num_keys - 1, window, device)
 
 
 def _seen(starts_R: int | Tensor, length: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:

@@ -63,11 +63,12 @@ class Selection:
     def compact(self, x_RMD: Tensor, multiple: int = 1) -> Tensor:
         """Return the N tokens without padding: (R, M, D) as it is, or (1, N, D) where sequences differ.
 
-        With a `multiple` N is filled up to one, by tokens that `put` leaves out.
+        With a `multiple` a larger N is filled up to one, by tokens that `put` leaves out.
         """
         if self.places is None:
             return x_RMD
-        places = F.pad(self.places, (0, -len(self.places) % multiple))
+        missing = -len(self.places) % multiple if len(self.places) > multiple else 0
+        places = F.pad(self.places, (0, missing)) if missing else self.places
         return x_RMD.flatten(0, 1).index_select(0, places)[None]
 
     def put(self, x_BTD: Tensor, processed: Tensor) -> Tensor:
@@ -136,8 +137,12 @@ def select_where(chosen_BT: Tensor, num_tokens: int, multiple: int = 1) -> Selec
     experts with a capacity admit them.
     """
     batch, length = chosen_BT.shape
-    if batch == length == 1 and bool(chosen_BT):
-        return select_everything(batch, length, chosen_BT.device)
+    if length == 1:  # texts are written: the number of operations is what counts
+        chosen = chosen_BT.flatten().nonzero().squeeze(1)
+        if len(chosen) == batch:
+            return select_everything(batch, length, chosen_BT.device)
+        tokens_RM = torch.zeros_like(chosen)[:, None]
+        return Selection(token_ids=chosen, num_tokens=num_tokens, shape=(batch, 1), tokens=tokens_RM, rows=chosen)
     counts_B = chosen_BT.sum(dim=1)
     total, longest, shortest = (int(value) for value in (counts_B.sum(), counts_B.max(), counts_B.min()))
     longest = min(length, longest + -longest % multiple)
