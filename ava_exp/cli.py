@@ -65,7 +65,8 @@ def _main(arguments: list[str]) -> int:
             return _print_help()
         if not flags.shell_completion:
             check_overrides(flags.overrides, may_sweep=flags.multirun)
-        return _run_hydra(_overrides_first(arguments, flags.overrides))
+        in_order = _overrides_first(arguments, flags.overrides)
+        return _run_hydra(["hydra.mode=RUN", *in_order] if _is_rank() else in_order)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -173,7 +174,16 @@ def _validate_and_run(config: DictConfig) -> int:
             print(report(faults), file=sys.stderr, flush=True)
         if is_blocked(faults):
             return EXIT_USER_ERROR
+    if run.launcher.takes(run.stage, run.hardware.num_devices) and not _is_rank():
+        from hydra.core.hydra_config import HydraConfig
+
+        return int(run.launcher.build().launch(run, list(HydraConfig.get().overrides.task)))
     return int(run.stage.component()(run))
+
+
+def _is_rank() -> bool:
+    """Whether a launcher started this process: it is one of so many, and runs one point, whatever a sweep says."""
+    return "WORLD_SIZE" in os.environ
 
 
 def _complain(message: str) -> None:

@@ -9,6 +9,7 @@ from omegaconf import II, MISSING
 from ava_exp.config.architecture import Architecture
 from ava_exp.config.attention import AttentionConfig
 from ava_exp.config.data import DataConfig, TokenizerConfig
+from ava_exp.config.launcher import LauncherConfig, LocalLauncherConfig
 from ava_exp.config.loss import LossConfig
 from ava_exp.config.machine import HardwareConfig, PrecisionConfig, TrackerConfig
 from ava_exp.config.mod import ModConfig, NoModConfig
@@ -42,6 +43,7 @@ class RunConfig:
     precision: PrecisionConfig = MISSING
     hardware: HardwareConfig = MISSING
     tracker: TrackerConfig = MISSING
+    launcher: LauncherConfig = field(default_factory=LocalLauncherConfig)
     mod: ModConfig = field(default_factory=NoModConfig)
     prediction: PredictionConfig = field(default_factory=NextTokenConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -71,6 +73,7 @@ NOT_IDENTITY = frozenset(
         "budget",
         "tracker",
         "hardware",
+        "launcher",
         "resume",
         "reset_optimizer",
         "allow_changed_inputs",

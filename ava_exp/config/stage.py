@@ -17,6 +17,10 @@ class StageConfig(ComponentConfig):
     """Base of every stage; `builds` names a function `(RunConfig) -> int` that returns the exit code."""
 
     name: ClassVar[str] = ""
+    trains: ClassVar[bool] = False
+    """Whether several processes can share the work."""
+    computes: ClassVar[bool] = True
+    """Whether it is worth a job on a cluster; False for what only tells something about a configuration."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -25,6 +29,7 @@ class ValidateConfig(StageConfig):
 
     builds: ClassVar[str] = "ava_exp.stages.validate:run"
     name: ClassVar[str] = "validate"
+    computes: ClassVar[bool] = False
 
 
 @dataclass(kw_only=True, slots=True)
@@ -33,6 +38,7 @@ class PlanConfig(StageConfig):
 
     builds: ClassVar[str] = "ava_exp.stages.plan:run"
     name: ClassVar[str] = "plan"
+    computes: ClassVar[bool] = False
 
     assumed_mfu: float = 0.3
     """Model FLOPs utilisation: the share of the devices' peak that the training is taken to reach."""
@@ -52,6 +58,7 @@ class PretrainConfig(StageConfig):
 
     builds: ClassVar[str] = "ava_exp.stages.pretrain:run"
     name: ClassVar[str] = "pretrain"
+    trains: ClassVar[bool] = True
 
 
 class PositionBins(Enum):
