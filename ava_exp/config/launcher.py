@@ -69,7 +69,3 @@ class SlurmLauncherConfig(LocalLauncherConfig):  # an option replaces the defaul
     def takes(self, stage: StageConfig, num_devices: int) -> bool:
         """Every stage that computes something; what only tells about a configuration is told here."""
         return stage.computes
-
-    def ranks_per_node(self, num_devices: int) -> int:
-        """Return how many processes each node runs."""
-        return -(-num_devices // self.num_nodes)
