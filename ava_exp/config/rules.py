@@ -13,6 +13,7 @@ from ava_exp.config.architecture_rules import ARCHITECTURE_RULES
 from ava_exp.config.bounds import BOUNDS, value_at
 from ava_exp.config.data import BPEConfig
 from ava_exp.config.faults import Fault, Rule, Severity, error
+from ava_exp.config.launcher import SlurmLauncherConfig
 from ava_exp.config.machine import Precision
 from ava_exp.config.mod import DepthConfig
 from ava_exp.config.run import RunConfig
@@ -90,6 +91,21 @@ def _generation_is_whole(config: RunConfig) -> Iterator[Fault]:
             yield error(f"stage.{name}", expected, value)
 
 
+def _nodes_are_shared_by_training(config: RunConfig) -> Iterator[Fault]:
+    launcher, stage = config.launcher, config.stage
+    if isinstance(launcher, SlurmLauncherConfig) and stage.computes and not stage.trains and launcher.num_nodes > 1:
+        yield error("launcher.num_nodes", f"1 with `stage={stage.name}`, which is one process", launcher.num_nodes)
+
+
+def _the_warning_comes_before_the_end(config: RunConfig) -> Iterator[Fault]:
+    launcher = config.launcher
+    if isinstance(launcher, SlurmLauncherConfig) and launcher.time_limit_minutes is not None:
+        seconds = 60 * launcher.time_limit_minutes
+        if launcher.warning_s >= seconds:
+            expected = f"below the {seconds} s of `launcher.time_limit_minutes`"
+            yield error("launcher.warning_s", expected, launcher.warning_s)
+
+
 PLAIN_GENERATION = {
     "prompt_file": None,
     "num_beams": 1,
@@ -162,4 +178,6 @@ RULES: tuple[Rule, ...] = (
     _only_bf16_rounds_stochastically,
     _compiled_blocks_are_not_skipped,
     _compiled_blocks_are_recomputed_whole,
+    _nodes_are_shared_by_training,
+    _the_warning_comes_before_the_end,
 )

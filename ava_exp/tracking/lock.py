@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, Any
 
 from ava_exp.errors import RunFolderError
 from ava_exp.tracking.redaction import redact_text
@@ -68,10 +68,28 @@ def _name_owner(file: IO[str]) -> None:
     file.flush()
 
 
-def _refusal(path: Path, file: IO[str]) -> str:
-    file.seek(0)
+def read_owner(path: Path) -> dict[str, Any] | None:
+    """Return `pid`, `host`, `started` and `command` of whoever took the lock last and did not give it back.
+
+    It may be dead by now. None is nobody.
+    """
     try:
-        owner = json.loads(file.read())
+        with open(path, encoding="utf-8") as file:
+            return _owner(file)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _owner(file: IO[str]) -> dict[str, Any]:
+    """Raises ValueError, KeyError or TypeError for what does not name an owner, as while one is just being written."""
+    file.seek(0)
+    owner = json.loads(file.read())
+    return {"pid": int(owner["pid"]), **{name: str(owner[name]) for name in ("host", "started", "command")}}
+
+
+def _refusal(path: Path, file: IO[str]) -> str:
+    try:
+        owner = _owner(file)
         name = f"process {owner['pid']} on {owner['host']} since {owner['started']} ({owner['command']})"
     except (ValueError, KeyError, TypeError):  # the owner is just writing its name
         name = "another process"

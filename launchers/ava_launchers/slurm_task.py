@@ -1,4 +1,4 @@
-"""What runs on the nodes of a job: one task for each rank; the first puts a job that was stopped back into the queue."""
+"""What runs on the nodes of a job: one task for each rank; the first puts a job that was stopped back in the queue."""
 
 from __future__ import annotations
 

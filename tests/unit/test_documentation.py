@@ -56,7 +56,7 @@ def arguments_of(line: str) -> list[str] | None:
     """Return the arguments of a line that calls this program, by itself or through make; None for any other line."""
     if re.match(r"make train ARGS=", line):
         return shlex.split(shlex.split(line)[2].removeprefix("ARGS="))
-    match = re.match(r"(?:\S*python -m ava_exp|ava-exp)\b(.*)", line)
+    match = re.match(r"(?:\S*python -m ava_exp|ava-exp)(?![.\w])(.*)", line)
     return shlex.split(match[1], comments=True) if match else None
 
 

@@ -72,6 +72,7 @@ def test_identity_does_not_depend_on_how_the_run_was_written_down() -> None:
         "stage=evaluate",
         "tracker=none",
         "hardware=h100",
+        "launcher=slurm",
         "resume=never",
         "reset_optimizer=true",
         "allow_changed_inputs=true",

@@ -1,0 +1,122 @@
+"""What can be asked of runs and jobs; every function prints its answer and returns an exit code."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ava_exp.errors import EXIT_FAILURE, EXIT_OK, UserError
+from ava_exp.runs.catalogue import Entry, all_entries, cluster, find_entry
+from ava_exp.tracking.trackers import RunStatus
+
+COLUMNS = ("name", "status", "step", "loss", "job")
+
+
+def list_runs(output_dir: Path) -> int:
+    """Print a line for every run and job."""
+    entries = all_entries(output_dir)
+    rows = [(e.name, e.status, e.steps(), e.loss(), e.job.id if e.job else "") for e in entries]
+    if not rows:
+        print(f"There are no runs in {output_dir} yet.")
+        return EXIT_OK
+    print("\n".join(in_columns([COLUMNS, *rows])))
+    return EXIT_OK
+
+
+def in_columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the rows as lines in which the cells of a column stand below each other."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def show(output_dir: Path, name: str) -> int:
+    """Print how a run stands, what came of it, how it differs from the default and where it lies."""
+    entry = find_entry(output_dir, name)
+    print("\n".join(in_columns([[key, str(value)] for key, value in _facts(entry)])))
+    difference = entry.folder.read_json("difference.json", {}) if entry.folder else {}
+    if difference:
+        print("\ndifferent from the default:")
+        print("\n".join(in_columns([["  " + key, f"{pair[1]} (not {pair[0]})"] for key, pair in difference.items()])))
+    return EXIT_OK
+
+
+def _facts(entry: Entry) -> Iterable[tuple[str, Any]]:
+    yield "name", entry.name
+    yield "status", entry.status
+    if entry.steps():
+        yield "step", entry.steps()
+    if entry.loss():
+        yield "loss", entry.loss()
+    summary = (entry.folder.read_json("summary.json") if entry.folder else None) or {}
+    for key, value in (summary.get("final") or {}).items():
+        yield f"validation {key}", f"{value:.4f}" if isinstance(value, float) else value
+    for key in ("tokens", "seconds", "tokens_per_s"):
+        if summary.get(key) is not None:
+            yield key, f"{summary[key]:.6g}"
+    if entry.has_local_process and entry.owner is not None:
+        yield "process", f"{entry.owner['pid']}, since {entry.owner['started']}"
+    if entry.folder:
+        yield "run folder", entry.folder.root
+    if entry.job and entry.job_folder:
+        yield "job", f"{entry.job.id} ({(entry.job_state or 'unknown').lower()}), submitted {entry.job.submitted}"
+        yield "job folder", entry.job_folder.root
+        if entry.job.commit:
+            yield "commit", entry.job.commit
+
+
+def watch(output_dir: Path, name: str, interval_s: float) -> int:
+    """Print a line whenever something changed, until the run has ended; return 0 if it finished."""
+    told = ""
+    while True:
+        entry = find_entry(output_dir, name)
+        line = f"{entry.status}  {entry.steps()}  {f'loss {entry.loss()}' if entry.loss() else ''}".rstrip()
+        if line != told:
+            print(f"{time.strftime('%H:%M:%S')}  {line}", flush=True)
+            told = line
+        if not entry.is_active:
+            return EXIT_OK if entry.status in (RunStatus.finished, "completed") else EXIT_FAILURE
+        time.sleep(interval_s)
+
+
+def logs(output_dir: Path, name: str, num_lines: int, which: str | None) -> int:
+    """Print the last lines of a run's log, or of what its job printed."""
+    entry = find_entry(output_dir, name)
+    files = _log_files(entry, which)
+    if not files:
+        raise UserError(f"{entry.name} has not printed anything yet.")
+    for path in files:
+        if len(files) > 1:
+            print(f"── {path}")
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        print("\n".join(lines[-num_lines:]))
+    return EXIT_OK
+
+
+def _log_files(entry: Entry, which: str | None) -> list[Path]:
+    own = entry.folder.logs / f"{which or 'training'}.log" if entry.folder and which != "job" else None
+    if own is not None and own.is_file():
+        return [own]
+    if entry.job_folder and entry.job and which in (None, "job"):
+        return [path for path in entry.job_folder.outputs(entry.job) if path.stat().st_size]
+    return []
+
+
+def cancel(output_dir: Path, name: str) -> int:
+    """End a run: the job that trains it, or the process, which saves first. Raises UserError when none does."""
+    entry = find_entry(output_dir, name)
+    if entry.has_active_job and entry.job:
+        cluster().cancel(entry.job.id)
+        print(f"Job {entry.job.id} is cancelled. The same command goes on from the newest checkpoint.")
+        return EXIT_OK
+    owner = entry.owner
+    if owner is not None and entry.has_local_process:
+        os.kill(owner["pid"], signal.SIGTERM)
+        print(f"Process {owner['pid']} was asked to save and stop. The same command goes on from there.")
+        return EXIT_OK
+    if owner is not None and entry.status == RunStatus.running:
+        raise UserError(f"{entry.name} is the work of process {owner['pid']} on {owner['host']}: cancel it there.")
+    raise UserError(f"{entry.name} is {entry.status}: there is nothing to cancel.")
