@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -72,7 +73,11 @@ class SlurmLauncher:
         take_snapshot(folder.snapshot)
         executor = executor_class(folder.logs, python=self.python)
         executor.update_parameters(**self.parameters(config.hardware, ranks_per_node, name, folder))
-        job_id = _submit(executor, self._task(command, folder))
+        try:
+            job_id = _submit(executor, self._task(command, folder))
+        except UserError:
+            shutil.rmtree(folder.root)  # there is no job whose folder it could be
+            raise
         job = Job(
             id=job_id,
             name=name,
