@@ -86,11 +86,10 @@ class Rank:
             self.process.send_signal(number)
 
     def kill(self) -> None:
-        """End the process and its children at once, also when they are stopped; a rank that ended is left alone."""
-        if self.code is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+        """End the process and its children at once, also when they are stopped."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
     def still_s(self) -> float:
         """Return for how long no step was finished; 0 before the first one, since preparing may take any time."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 from ava_exp.errors import EXIT_OK, EXIT_RESUMABLE, UserError
 from ava_launchers import slurm_commands
 from ava_launchers.rank import Place
-from ava_launchers.supervisor import Supervisor, tell
+from ava_launchers.supervisor import STOP_SIGNALS, Supervisor, tell
 
 FIRST_PORT, NUM_PORTS = 20_000, 12_000
 """Below the ports that Linux gives out by itself."""
@@ -35,6 +36,8 @@ class SlurmTask:
 
     def __call__(self) -> int:
         """Run the rank of this task. Ends the process with the rank's exit code where that is not 0."""
+        for number in (*STOP_SIGNALS, signal.SIGCONT):  # submitit's handlers; the supervisor has its own while it runs
+            signal.signal(number, signal.SIG_IGN)
         place = place_in_job()
         command = [sys.executable, "-m", "ava_exp", *self.overrides]
         supervisor = Supervisor(command, [place], grace_s=self.grace_s, hang_timeout_s=self.hang_timeout_s)

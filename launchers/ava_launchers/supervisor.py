@@ -74,7 +74,7 @@ class Supervisor:
                     self._output.copy(LOOK_EVERY_S)
                     self._look()
             finally:
-                for rank in self._ranks:
+                for rank in self._alive():
                     rank.kill()
                 self._output.close(repeats=self._is_told_by_the_first())
         return Ended(self._exit_code(), self.stop)
@@ -91,8 +91,9 @@ class Supervisor:
         fresh = [rank for rank in self._ranks if rank not in self._ended and rank.code is not None]
         fresh.sort(key=lambda rank: (rank.code or 0) >= 0)  # of several at a time, who was killed is the cause
         self._ended += fresh
-        for rank in fresh:
-            if self._deadline is None and self._has_failed(rank):
+        for rank in filter(self._has_failed, fresh):
+            rank.kill()  # its children
+            if self._deadline is None:
                 self._deadline = time.monotonic() + self.grace_s
                 self._report(rank)
         if self._deadline is not None and time.monotonic() > self._deadline:
@@ -111,6 +112,8 @@ class Supervisor:
 
     def _report(self, rank: Rank) -> None:
         code, others = rank.code or 0, len(self._alive())
+        if self._hangs:
+            return  # told already
         if self.stop is not None and code in (EXIT_INTERRUPTED, -self.stop):
             return  # it was asked to end and had nothing to save
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import stat
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from ava_launchers import slurm_commands, slurm_task
 from ava_launchers.slurm import SlurmLauncher
 from ava_launchers.slurm_task import SlurmTask
 from ava_launchers.snapshot import take_snapshot
+from ava_launchers.supervisor import STOP_SIGNALS
 
 if TYPE_CHECKING:
     from tests.conftest import CommandLine
@@ -321,6 +323,7 @@ def test_one_task_of_a_job_requeues_it(
     (tmp_path / "stub" / "ava_exp" / "__main__.py").write_text(body)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "stub"))
     monkeypatch.setenv("PYTHONSAFEPATH", "1")
+    before = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGCONT)}
     task = SlurmTask(overrides=["a=1"], grace_s=0.3, hang_timeout_s=None, max_requeues=2, ended=str(tmp_path / "ended"))
     if end:
         with pytest.raises(SystemExit) as caught:
@@ -328,6 +331,8 @@ def test_one_task_of_a_job_requeues_it(
         assert caught.value.code == end
     else:
         assert task() == 0
+    for number, handler in before.items():
+        assert signal.signal(number, handler) is signal.SIG_IGN, "a late warning must not end the task"
     assert asked(tmp_path).count("requeue 42") == requeues
     assert (tmp_path / "ended" / "42.0" / str(rank)).exists()
 

@@ -133,16 +133,17 @@ def test_a_rank_that_was_killed_is_the_cause_where_several_fail_at_once(tmp_path
 def test_children_of_a_rank_are_ended_with_it(tmp_path: Path) -> None:
     body = """
         import subprocess
-        if rank == 0:
-            while not (here / "child.1").exists():
-                time.sleep(0.02)
-            sys.exit(1)
         note("child", subprocess.Popen(["sleep", "600"]).pid)
+        while len(list(here.glob("child.*"))) < 2:
+            time.sleep(0.02)
+        if rank == 0:
+            sys.exit(1)
         sleep_for_ever()
     """
     run(tmp_path, body, grace_s=0.2)
-    (child,) = notes(tmp_path, "child")
-    wait_until(lambda: not is_alive(int(child)))
+    children = notes(tmp_path, "child")
+    assert len(children) == 2
+    wait_until(lambda: not any(is_alive(int(child)) for child in children))
 
 
 def test_ranks_that_all_stopped_resumable_make_a_resumable_run(tmp_path: Path) -> None:
@@ -292,6 +293,7 @@ def test_a_stopped_rank_is_named_with_the_stacks_of_all(tmp_path: Path, capfd: p
     assert run(tmp_path, HANGING.format(stops=True), hang_timeout_s=1).code == 1
     err = capfd.readouterr().err
     assert "ava_exp: rank 1 did not finish a step for 1 s: stopped by a signal." in err
+    assert err.count("ava_exp: ") == 1
     assert err.count("in sleep_for_ever") >= 1 and "rank 1: " in err
     assert not any(is_alive(int(pid)) for pid in notes(tmp_path, "pid"))
 
