@@ -1,0 +1,56 @@
+"""Jobs of several ranks on a real cluster: on nodes of their own they train as on one machine, and end together."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+
+from ava_exp.tracking.metrics import of_kind, read_metrics
+from tests.faults.harness import observed
+from tests.slurm.jobs import Cluster
+from tests.slurm.test_jobs import LONG
+
+pytestmark = pytest.mark.timeout(400)
+
+TWO_NODES = ("launcher.num_nodes=2", "launcher.grace_s=10")
+
+
+def test_two_nodes_train_as_two_processes_of_one_machine(cluster: Cluster) -> None:
+    done = cluster.run(cluster.command("launcher=slurm", "launcher.wait=true", *TWO_NODES))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(read_metrics(cluster.run_folder.metrics)) == len({*map(str, read_metrics(cluster.run_folder.metrics))})
+    assert observed(cluster.run_folder.root) == cluster.uninterrupted("hardware.num_devices=2")
+
+
+def test_four_nodes_of_two_ranks_finish(cluster: Cluster) -> None:
+    done = cluster.run(
+        cluster.command("launcher=slurm", "launcher.wait=true", "launcher.num_nodes=4", "hardware.num_devices=8")
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(of_kind(read_metrics(cluster.run_folder.metrics), "train")) == 12
+
+
+def test_a_warning_saves_all_ranks_together_and_one_of_them_requeues(cluster: Cluster) -> None:
+    """The signal is the one that SLURM sends before the end of a job's time."""
+    overrides = (*LONG, "checkpoint.save_every_n_batches=5000")
+    job_id = cluster.submit(*overrides, *TWO_NODES)
+    cluster.wait_until(lambda: cluster.num_steps > 100, "100 steps")
+    subprocess.run(["scancel", "--signal=USR2", job_id], check=True)
+    cluster.wait_for(job_id)
+    assert cluster.printed(job_id).count(f"job {job_id} is back in the queue") == 1
+    assert observed(cluster.run_folder.root) == cluster.uninterrupted(*overrides, "hardware.num_devices=2")
+
+
+def test_a_killed_rank_ends_the_job_of_all(cluster: Cluster) -> None:
+    job_id = cluster.submit(*LONG, *TWO_NODES)
+    cluster.wait_until(lambda: cluster.num_steps > 100, "100 steps")
+    pattern = f"-m ava_exp .*{cluster.folder}/corpus"
+    ranks = subprocess.run(["pgrep", "-f", "--", pattern], capture_output=True, text=True, check=True).stdout.split()
+    assert len(ranks) == 2
+    subprocess.run(["kill", "-KILL", ranks[-1]], check=True)
+    cluster.wait_for(job_id, "FAILED")
+    assert "was killed by SIGKILL" in cluster.printed(job_id)
+    again = cluster.submit(*LONG, *TWO_NODES)
+    cluster.wait_for(again)
+    assert observed(cluster.run_folder.root) == cluster.uninterrupted(*LONG, "hardware.num_devices=2")
