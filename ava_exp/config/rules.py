@@ -12,6 +12,7 @@ from ava_exp.config import generation
 from ava_exp.config.architecture_rules import ARCHITECTURE_RULES
 from ava_exp.config.bounds import BOUNDS, value_at
 from ava_exp.config.data import BPEConfig
+from ava_exp.config.distributed import Backend
 from ava_exp.config.faults import Fault, Rule, Severity, error
 from ava_exp.config.launcher import SlurmLauncherConfig
 from ava_exp.config.machine import Precision
@@ -97,6 +98,13 @@ def _nodes_are_shared_by_training(config: RunConfig) -> Iterator[Fault]:
         yield error("launcher.num_nodes", f"1 with `stage={stage.name}`, which is one process", launcher.num_nodes)
 
 
+def _single_is_one_task(config: RunConfig) -> Iterator[Fault]:
+    launcher = config.launcher
+    if isinstance(launcher, SlurmLauncherConfig) and config.distributed.backend is Backend.single:
+        if config.stage.trains and max(config.hardware.num_devices, launcher.num_nodes) > 1:
+            yield error("distributed.backend", "`auto` or `ddp` with several devices or nodes", Backend.single.value)
+
+
 def _the_warning_comes_before_the_end(config: RunConfig) -> Iterator[Fault]:
     launcher = config.launcher
     if isinstance(launcher, SlurmLauncherConfig) and launcher.time_limit_minutes is not None:
@@ -179,5 +187,6 @@ RULES: tuple[Rule, ...] = (
     _compiled_blocks_are_not_skipped,
     _compiled_blocks_are_recomputed_whole,
     _nodes_are_shared_by_training,
+    _single_is_one_task,
     _the_warning_comes_before_the_end,
 )

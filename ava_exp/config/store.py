@@ -9,6 +9,7 @@ from hydra.core.config_store import ConfigStore
 from ava_exp.config import (
     attention,
     data,
+    distributed,
     launcher,
     loss,
     machine,
@@ -66,6 +67,7 @@ SCHEMAS: dict[str, Any] = {
     "schedule/inverse_sqrt": training.InverseSqrtConfig,
     "precision": machine.PrecisionConfig,
     "hardware": machine.HardwareConfig,
+    "distributed": distributed.DistributedConfig,
     "launcher/local": launcher.LocalLauncherConfig,
     "launcher/slurm": launcher.SlurmLauncherConfig,
     "tracker/none": machine.NoTrackerConfig,

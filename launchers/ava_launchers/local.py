@@ -6,6 +6,7 @@ import socket
 import sys
 from collections.abc import Sequence
 
+from ava_exp.config.distributed import Backend
 from ava_exp.config.machine import DeviceType, HardwareConfig
 from ava_exp.config.run import RunConfig
 from ava_launchers.rank import Place
@@ -23,10 +24,11 @@ class LocalLauncher:
     def launch(self, config: RunConfig, overrides: Sequence[str]) -> int:
         """Run the stage of `config`, which `overrides` compose, on all its devices; return the exit code.
 
-        Where the machine does not have as many, the stage runs in this process, and its runtime says so or refuses.
+        Where the machine does not have as many, or one process is asked for, the stage runs in this process, and its
+        runtime says so or refuses.
         """
         num_ranks = config.hardware.num_devices
-        if not has_devices(config.hardware):
+        if config.distributed.backend is Backend.single or not has_devices(config.hardware):
             return int(config.stage.component()(config))
         command = [sys.executable, "-m", "ava_exp", *overrides]
         supervisor = Supervisor(

@@ -125,8 +125,9 @@ def test_where_devices_are_missing_the_run_stays_in_this_process(monkeypatch: py
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(PretrainConfig, "component", lambda self: lambda config: 9)
     monkeypatch.setattr(Supervisor, "run", lambda self: pytest.fail("a rank was started"))
-    config = compose(["~local", "hardware=4xh100"])
-    assert LocalLauncher(grace_s=1, hang_timeout_s=None).launch(config, []) == 9
+    for overrides in (["hardware=4xh100"], ["hardware=cpu", "hardware.num_devices=2", "distributed=single"]):
+        config = compose(["~local", *overrides])
+        assert LocalLauncher(grace_s=1, hang_timeout_s=None).launch(config, []) == 9
 
 
 def test_runs_beside_each_other_meet_at_different_ports() -> None:

@@ -233,6 +233,8 @@ def test_a_missing_library_is_told(command_line: CommandLine, cluster: None, mon
     ("overrides", "key"),
     [
         (["stage=generate", "launcher.num_nodes=2"], "launcher.num_nodes"),
+        (["distributed=single", "launcher.num_nodes=2"], "distributed.backend"),
+        (["distributed=single", "hardware.num_devices=2"], "distributed.backend"),
         (["launcher.time_limit_minutes=1", "launcher.warning_s=60"], "launcher.warning_s"),
     ],
 )
