@@ -99,10 +99,11 @@ def _nodes_are_shared_by_training(config: RunConfig) -> Iterator[Fault]:
 
 
 def _single_is_one_task(config: RunConfig) -> Iterator[Fault]:
-    launcher = config.launcher
-    if isinstance(launcher, SlurmLauncherConfig) and config.distributed.backend is Backend.single:
-        if config.stage.trains and max(config.hardware.num_devices, launcher.num_nodes) > 1:
-            yield error("distributed.backend", "`auto` or `ddp` with several devices or nodes", Backend.single.value)
+    launcher, backend = config.launcher, config.distributed.backend
+    if not isinstance(launcher, SlurmLauncherConfig) or not config.stage.trains or backend is not Backend.single:
+        return
+    if max(config.hardware.num_devices, launcher.num_nodes) > 1:
+        yield error("distributed.backend", "`auto` or `ddp` with several devices or nodes", backend.value)
 
 
 def _the_warning_comes_before_the_end(config: RunConfig) -> Iterator[Fault]:
