@@ -127,14 +127,15 @@ def difference_from_default(config: RunConfig) -> dict[str, tuple[Any, Any]]:
     """
     from ava_exp.config.compose import compose
 
-    default, actual = _flat(to_plain(compose(["~local"]))), _flat(to_plain(config))
+    default, actual = flatten(to_plain(compose(["~local"]))), flatten(to_plain(config))
     keys = [*actual, *(key for key in default if key not in actual)]
     return {key: (default.get(key), actual.get(key)) for key in keys if default.get(key) != actual.get(key)}
 
 
-def _flat(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested sections as one mapping with dotted keys; a mapping that is empty stays."""
     flat: dict[str, Any] = {}
     for key, value in plain.items():
         is_section = isinstance(value, dict) and value
-        flat |= _flat(value, f"{prefix}{key}.") if is_section else {prefix + key: value}
+        flat |= flatten(value, f"{prefix}{key}.") if is_section else {prefix + key: value}
     return flat

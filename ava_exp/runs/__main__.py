@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from ava_exp.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 from ava_exp.runs import commands
+from ava_exp.runs.compare import compare
 
 LOGS = ("training", "evaluation", "errors", "debug", "job")
 EXIT_BROKEN_PIPE = 141
@@ -45,6 +46,8 @@ def parser() -> argparse.ArgumentParser:
     common.add_argument("--output-dir", type=Path, default=Path("outputs"), help="where the runs are (outputs)")
     named = argparse.ArgumentParser(add_help=False, parents=[common])
     named.add_argument("name", help="a run, `latest`, or the id of a job")
+    several = argparse.ArgumentParser(add_help=False, parents=[common])
+    several.add_argument("names", nargs="+", metavar="name", help="runs, two or more")
     top = OneLineParser(prog="python -m ava_exp.runs", description="Runs and jobs.")
     kinds = top.add_subparsers(required=True, metavar="COMMAND", parser_class=OneLineParser)
     for name, command, help_text, parent in (
@@ -53,6 +56,9 @@ def parser() -> argparse.ArgumentParser:
         ("watch", commands.watch, "a line whenever something changed, until it has ended", named),
         ("logs", commands.logs, "the last lines that it logged or printed", named),
         ("cancel", commands.cancel, "end its job, or let its process save and stop", named),
+        ("resubmit", commands.resubmit, "give a job's command again, with the code as it is now", named),
+        ("compare", compare, "several runs beside each other: results, settings that differ", several),
+        ("verify", commands.verify, "read its checkpoints and compare them with their checksums", named),
     ):
         kind = kinds.add_parser(name, help=help_text, description=help_text, parents=[parent])
         kind.set_defaults(command=command)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from ava_exp.errors import EXIT_FAILURE, EXIT_OK, UserError
 from ava_exp.runs.catalogue import Entry, all_entries, cluster, find_entry
+from ava_exp.runs.table import in_columns
 from ava_exp.tracking.trackers import RunStatus
 
 COLUMNS = ("name", "status", "step", "loss", "job")
@@ -25,12 +26,6 @@ def list_runs(output_dir: Path) -> int:
         return EXIT_OK
     print("\n".join(in_columns([COLUMNS, *rows])))
     return EXIT_OK
-
-
-def in_columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return the rows as lines in which the cells of a column stand below each other."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def show(output_dir: Path, name: str) -> int:
@@ -120,3 +115,27 @@ def cancel(output_dir: Path, name: str) -> int:
     if owner is not None and entry.status == RunStatus.running:
         raise UserError(f"{entry.name} is the work of process {owner['pid']} on {owner['host']}: cancel it there.")
     raise UserError(f"{entry.name} is {entry.status}: there is nothing to cancel.")
+
+
+def resubmit(output_dir: Path, name: str) -> int:
+    """Submit a job's command once more, with the code as it is now; a run goes on. Raises UserError without a job."""
+    entry = find_entry(output_dir, name)
+    if entry.job is None:
+        raise UserError(f"{entry.name} was not a job: give its command again.")
+    from ava_exp.cli import main
+
+    os.chdir(entry.job.directory)
+    return main(entry.job.overrides)
+
+
+def verify(output_dir: Path, name: str) -> int:
+    """Read every checkpoint of a run, compare it with its checksums, and return 1 if one is not as it was written."""
+    from ava_exp.training.checkpoint import list_checkpoints, verify_checkpoint
+
+    entry = find_entry(output_dir, name)
+    checkpoints = list_checkpoints(entry.folder.checkpoints) if entry.folder else []
+    if not checkpoints:
+        raise UserError(f"{entry.name} has no checkpoint.")
+    problems = {checkpoint.name: verify_checkpoint(checkpoint) for checkpoint in checkpoints}
+    print("\n".join(f"{step}  {problem or 'is as it was written'}" for step, problem in problems.items()))
+    return EXIT_FAILURE if any(problems.values()) else EXIT_OK

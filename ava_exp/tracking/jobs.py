@@ -25,7 +25,10 @@ class Job:
     stage: str
     run_folder: str | None
     """The folder of the run that it trains; None for a job that trains nothing."""
-    command: list[str]
+    overrides: list[str]
+    """What was asked for, with what had to be decided once: another submission works in the same run folder."""
+    directory: str
+    """Where the command was given."""
     submitted: str
     commit: str | None = None
     """Of the code that it runs, where that came from a checkout; `+` when files differed from it."""

@@ -61,14 +61,11 @@ class SlurmLauncher:
         slurm_commands.require()
         executor_class = _executor_class()
         name, run_folder, settled = self._settle(config)
+        asked = [*overrides, *settled]
         refuse_second_job(Path(config.output_dir), run_folder)
         ranks_per_node = -(-config.hardware.num_devices // self.num_nodes) if config.stage.trains else 1
-        command = [
-            "hardware.strict=true",  # before the user's own words, which may take it back
-            *overrides,
-            *settled,
-            f"hardware.num_devices={ranks_per_node * self.num_nodes}",
-        ]
+        # Strictness comes before the user's own words, which may take it back.
+        command = ["hardware.strict=true", *asked, f"hardware.num_devices={ranks_per_node * self.num_nodes}"]
         folder = new_job(Path(config.output_dir), name)
         take_snapshot(folder.snapshot)
         executor = executor_class(folder.logs, python=self.python)
@@ -84,7 +81,8 @@ class SlurmLauncher:
             launcher=KIND,
             stage=config.stage.name,
             run_folder=str(run_folder) if run_folder else None,
-            command=command,
+            overrides=asked,
+            directory=str(Path.cwd()),
             submitted=datetime.now(UTC).isoformat(timespec="seconds"),
             commit=_commit(),
         )

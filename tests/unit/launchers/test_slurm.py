@@ -64,6 +64,16 @@ def submitted(tmp_path: Path) -> str:
     return (tmp_path / "submitted.sh").read_text()
 
 
+def command_of(tmp_path: Path) -> list[str]:
+    """Return the overrides that the ranks of the only job get."""
+    import submitit
+
+    ((folder, job),) = all_jobs(tmp_path / "outputs")
+    task = submitit.SlurmJob(folder.logs, job.id).submission().function
+    assert isinstance(task, SlurmTask)
+    return task.overrides
+
+
 def test_a_job_is_submitted_and_everything_is_told(command_line: CommandLine, cluster: None, tmp_path: Path) -> None:
     outcome = command_line(*SUBMIT)
     assert outcome.code == 0, outcome.err
@@ -113,9 +123,8 @@ def test_what_sbatch_is_asked_for(command_line: CommandLine, cluster: None, tmp_
     assert "#SBATCH --requeue" in text.splitlines()
     assert text.index("module load cuda") < text.index("export PYTHONPATH=")
     assert "--kill-on-bad-exit=1 --container-image=x container python -u -m submitit" in text
-    ((_, job),) = all_jobs(tmp_path / "outputs")
-    assert job.command[0] == "hardware.strict=true"
-    assert job.command[-1] == "hardware.num_devices=4", "as many as are started: two nodes of two"
+    assert command_of(tmp_path)[0] == "hardware.strict=true"
+    assert command_of(tmp_path)[-1] == "hardware.num_devices=4", "as many as are started: two nodes of two"
 
 
 def test_what_is_not_asked_for_is_left_to_the_cluster(command_line: CommandLine, cluster: None, tmp_path: Path) -> None:
@@ -164,7 +173,7 @@ def test_a_further_attempt_is_decided_once(command_line: CommandLine, cluster: N
     assert second == f"{first}-2"
     (_, job) = all_jobs(tmp_path / "outputs")[-1]
     assert job.run_folder is not None and Path(job.run_folder).name == second
-    assert job.command.index("resume=auto") > job.command.index("resume=never")
+    assert job.overrides.index("resume=auto") > job.overrides.index("resume=never")
 
 
 def test_a_run_is_not_submitted_twice(command_line: CommandLine, cluster: None, script: Script, tmp_path: Path) -> None:

@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from ava_exp.runs import catalogue
 from ava_exp.runs.__main__ import main
 from ava_exp.tracking.folder import RunFolder
 from ava_exp.tracking.jobs import Job, JobFolder
 from ava_exp.tracking.lock import read_owner
+from ava_exp.training.checkpoint import Snapshot, write_checkpoint
 from ava_launchers.slurm_commands import ACTIVE
 
 Run = Callable[..., RunFolder]
@@ -73,7 +75,8 @@ def add_job(output_dir: Path, job_id: str, run_folder: RunFolder | None, name: s
             launcher="launcher/slurm",
             stage="pretrain",
             run_folder=str(run_folder.root) if run_folder else None,
-            command=["seed=1"],
+            overrides=["stage=plan", "model=tiny", "seed=1"],
+            directory=str(output_dir.parent / "elsewhere"),
             submitted=f"2026-01-01T00:00:{int(job_id):02d}+00:00",
             commit="abc+",
         )
@@ -241,6 +244,54 @@ def test_an_unknown_name_is_refused_with_a_known_one(ask: Ask, run: Run) -> None
         2,
         "ava_exp: there is no run or job `quick-1243` in outputs; did you mean `quick-1234`?\n",
     )
+
+
+def test_a_job_is_submitted_again_where_it_was(
+    ask: Ask, run: Run, cluster: PlayedCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[tuple[Path, Sequence[str]]] = []
+    monkeypatch.setattr("ava_exp.cli.main", lambda overrides: given.append((Path.cwd(), overrides)) or 5)
+    (tmp_path / "elsewhere").mkdir()
+    add_job(tmp_path / "outputs", "7", run("a-1"))
+    run("b-2")
+    assert ask("resubmit", "7")[0] == 5
+    assert given == [(tmp_path / "elsewhere", ["stage=plan", "model=tiny", "seed=1"])]
+    monkeypatch.chdir(tmp_path)
+    assert ask("resubmit", "b-2")[::2] == (2, "ava_exp: b-2 was not a job: give its command again.\n")
+
+
+def test_runs_are_compared_by_results_and_settings(ask: Ask, run: Run) -> None:
+    for name, rate, perplexity in (("a-1", 0.1, 12.5), ("b-2", 0.2, 9.25)):
+        folder = run(name)
+        folder.write_json("summary.json", {"final": {"perplexity": perplexity}, "tokens": 4096})
+        folder.config.write_text(f"seed: 3\noptimizer: {{learning_rate: {rate}}}\n")
+    run("c-3", None, num_steps=0)
+    code, lines, _ = ask("compare", "a-1", "b-2", "c-3")
+    rows = {line.split()[0]: line.split()[1:] for line in lines if line}
+    assert code == 0
+    assert lines[0].split() == ["a-1", "b-2", "c-3"]
+    assert rows["status"] == ["finished", "finished", "interrupted"]
+    assert rows["validation"] == ["perplexity", "12.5", "9.25", "-"]
+    assert rows["tokens"] == ["4096", "4096", "-"]
+    assert rows["optimizer.learning_rate"] == ["0.1", "0.2", "-"]
+    assert ask("compare", "a-1", "b-2")[1].count("seed") == 0, "what is the same is left out"
+    assert ask("compare", "a-1", "a-1")[1][-1] == "no setting differs"
+    assert ask("compare", "a-1")[0] == 2
+
+
+def test_checkpoints_are_verified(ask: Ask, run: Run) -> None:
+    folder = run("a-1")
+    assert ask("verify", "a-1")[::2] == (2, "ava_exp: a-1 has no checkpoint.\n")
+    good, bad = (
+        write_checkpoint(folder.checkpoints, Snapshot(step=step, tensors={"model": {"weight": torch.ones(2)}}))
+        for step in (1, 2)
+    )
+    assert ask("verify", "a-1")[:2] == (0, [f"{path.name}  is as it was written" for path in (good, bad)])
+    (bad / "state.json").write_text("{}")
+    code, lines, _ = ask("verify", "a-1")
+    assert code == 1
+    assert lines[0] == f"{good.name}  is as it was written"
+    assert lines[1].startswith(f"{bad.name}  state.json is not as it was written")
 
 
 def test_the_end_of_a_log_is_shown(ask: Ask, run: Run) -> None:
