@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import ava_exp
+from ava_exp.tracking.metrics import of_kind, read_metrics
 from tests.faults.harness import observed
 from tests.slurm.jobs import Cluster
 
@@ -106,3 +107,16 @@ def test_a_job_is_not_submitted_twice(cluster: Cluster) -> None:
     again = cluster.run(cluster.command("launcher=slurm"))
     assert again.returncode == 2
     assert f"job {job_id} (PENDING) trains" in again.stderr
+
+
+def test_a_job_out_of_time_saves_goes_back_and_goes_on(cluster: Cluster) -> None:
+    """A minute is the least that SLURM counts in; it warns up to half a minute earlier than it is asked to."""
+    limits = ("launcher.time_limit_minutes=1", "launcher.warning_s=30", "launcher.max_requeues=9")
+    job_id = cluster.submit("budget.steps=null", "budget.seconds=60", "evaluation.interval_steps=100000", *limits)
+    cluster.wait_for(job_id)
+    printed = cluster.printed(job_id)
+    num_starts = 1 + printed.count(f"job {job_id} is back in the queue")
+    assert num_starts > 1
+    assert printed.count("Stopped by SIGUSR2") == printed.count("Going on from step") == num_starts - 1
+    records = of_kind(read_metrics(cluster.run_folder.metrics), "train")
+    assert [record["step"] for record in records] == list(range(1, len(records) + 1))
