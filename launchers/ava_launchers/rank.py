@@ -14,7 +14,10 @@ from typing import IO
 
 STARTER = Path(__file__).with_name("start_rank.py")
 HEARTBEAT = "AVA_EXP_HEARTBEAT"
-"""Where a rank finds the path of its own heartbeat file, which it touches whenever it has finished a step."""
+"""Where a rank finds the path of its own heartbeat file.
+
+It touches the file whenever it has finished a step, and removes it when there are no more steps to do.
+"""
 DUMP_SIGNAL = signal.SIGQUIT
 """On this a rank writes the stacks of its threads to its standard error."""
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -92,7 +95,10 @@ class Rank:
         self.process.wait()
 
     def still_s(self) -> float:
-        """Return for how long no step was finished; 0 before the first one, since preparing may take any time."""
+        """Return for how long no step was finished; 0 before the first one and after the last.
+
+        Preparing and reporting may take any time.
+        """
         try:
             beat_ns = self.heartbeat.stat().st_mtime_ns
         except FileNotFoundError:

@@ -30,16 +30,16 @@ ERROR_PREFIX = b"ava_exp: "
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How a group of ranks ended: the exit code of the whole, and the signal that had asked it to stop."""
+    """How a group of ranks ended: the exit code of the whole, and the signals that had asked it to stop."""
 
     code: int
-    stop: signal.Signals | None
+    stops: frozenset[signal.Signals] = frozenset()
 
     @property
     def is_resumable(self) -> bool:
         """Whether the same command goes on: the ranks saved, or were stopped before there was anything to save."""
-        killed_by_request = self.stop is not None and self.code in (EXIT_INTERRUPTED, 128 + self.stop)
-        return self.code == EXIT_RESUMABLE or killed_by_request
+        on_request = {EXIT_INTERRUPTED, *(128 + number for number in self.stops)} if self.stops else set()
+        return self.code == EXIT_RESUMABLE or self.code in on_request
 
 
 class Supervisor:
@@ -57,7 +57,7 @@ class Supervisor:
     ) -> None:
         self.command, self.places = command, places
         self.grace_s, self.hang_timeout_s = grace_s, hang_timeout_s
-        self.stop: signal.Signals | None = None
+        self._stops: set[signal.Signals] = set()
         self._ranks: list[Rank] = []
         self._ended: list[Rank] = []
         self._deadline: float | None = None
@@ -67,17 +67,22 @@ class Supervisor:
 
     def run(self) -> Ended:
         """Start all ranks and wait until the last has ended. To be called in the main thread."""
-        with tempfile.TemporaryDirectory(prefix="ava_exp_ranks_") as folder, self._signals_handed_on():
-            try:
-                self._start(Path(folder))
-                while len(self._ended) < len(self._ranks):
-                    self._output.copy(LOOK_EVERY_S)
-                    self._look()
-            finally:
-                for rank in self._alive():
-                    rank.kill()
-                self._output.close(repeats=self._is_told_by_the_first())
-        return Ended(self._exit_code(), self.stop)
+        try:
+            with tempfile.TemporaryDirectory(prefix="ava_exp_ranks_") as folder, self._signals_handed_on():
+                self._watch(Path(folder))
+        finally:  # when no signal is written to it any more
+            self._output.close(repeats=self._is_told_by_the_first())
+        return Ended(self._exit_code(), frozenset(self._stops))
+
+    def _watch(self, folder: Path) -> None:
+        try:
+            self._start(folder)
+            while len(self._ended) < len(self._ranks):
+                self._output.copy(LOOK_EVERY_S)
+                self._look()
+        finally:
+            for rank in self._alive():
+                rank.kill()
 
     def _start(self, folder: Path) -> None:
         with _ignored(SAVE_SIGNAL, signal.SIGUSR2):  # ranks inherit that until they can answer; else it is death
@@ -99,7 +104,7 @@ class Supervisor:
         if self._deadline is not None and time.monotonic() > self._deadline:
             for rank in self._alive():
                 rank.kill()
-        if self.stop is signal.SIGUSR2:
+        if signal.SIGUSR2 in self._stops:
             self._remind()
         if self.hang_timeout_s is not None and self._deadline is None:
             self._end_if_one_hangs(self.hang_timeout_s)
@@ -114,7 +119,7 @@ class Supervisor:
         code, others = rank.code or 0, len(self._alive())
         if self._hangs:
             return  # told already
-        if self.stop is not None and code in (EXIT_INTERRUPTED, -self.stop):
+        if self._stops and code in {EXIT_INTERRUPTED, *(-number for number in self._stops)}:
             return  # it was asked to end and had nothing to save
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
         rest = f" The other {others} on this machine are given {self.grace_s:g} s to end." if others else ""
@@ -165,7 +170,7 @@ class Supervisor:
 
         def hand_on(number: int, frame: FrameType | None) -> None:
             if number in STOP_SIGNALS:
-                self.stop = signal.Signals(number)
+                self._stops.add(signal.Signals(number))
             for rank in self._alive():
                 rank.send(signal.Signals(number))
 
