@@ -10,24 +10,17 @@ import pytest
 
 import ava_exp
 from ava_exp.tracking.metrics import of_kind, read_metrics
-from tests.faults.harness import observed
 from tests.slurm.jobs import Cluster
+from tests.workplace import LONG
 
 pytestmark = pytest.mark.timeout(400)
-
-LONG = (
-    "budget.steps=1500",
-    "checkpoint.save_every_n_batches=50",
-    "evaluation.interval_steps=500",
-)
-"""So long that something can happen to it on the way: some seconds."""
 
 
 def test_a_job_is_the_run_that_it_would_be_here(cluster: Cluster) -> None:
     done = cluster.run(cluster.command("launcher=slurm", "launcher.wait=true"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "COMPLETED" in done.stdout
-    assert observed(cluster.run_folder.root) == cluster.uninterrupted()
+    assert cluster.observed() == cluster.uninterrupted()
 
 
 def test_a_failed_job_ends_the_wait_with_1(cluster: Cluster) -> None:
@@ -60,7 +53,7 @@ def test_a_requeue_by_the_operator_goes_on_bit_for_bit(cluster: Cluster) -> None
     subprocess.run(["scontrol", "requeue", job_id], check=True)
     cluster.wait_for(job_id)
     assert "Going on from step" in cluster.printed(job_id)
-    assert observed(cluster.run_folder.root) == cluster.uninterrupted(*LONG)
+    assert cluster.observed() == cluster.uninterrupted(*LONG)
 
 
 def test_a_pre_empted_job_saves_goes_back_and_goes_on_bit_for_bit(cluster: Cluster) -> None:
@@ -72,7 +65,7 @@ def test_a_pre_empted_job_saves_goes_back_and_goes_on_bit_for_bit(cluster: Clust
     printed = cluster.printed(job_id)
     assert printed.count(f"job {job_id} is back in the queue") == 1
     assert "saved. The same command goes on" in printed and "Going on from step" in printed
-    assert observed(cluster.run_folder.root) == cluster.uninterrupted(*LONG, "checkpoint.save_every_n_batches=5000")
+    assert cluster.observed() == cluster.uninterrupted(*LONG, "checkpoint.save_every_n_batches=5000")
 
 
 def test_a_cancelled_job_stays_cancelled_and_the_same_command_goes_on_here(cluster: Cluster) -> None:
@@ -83,7 +76,7 @@ def test_a_cancelled_job_stays_cancelled_and_the_same_command_goes_on_here(clust
     assert cluster.ask("list").stdout.splitlines()[1].split()[1] in ("stopped", "interrupted")
     here = cluster.run(cluster.command(*LONG))
     assert here.returncode == 0 and "Going on from step" in here.stdout
-    assert observed(cluster.run_folder.root) == cluster.uninterrupted(*LONG)
+    assert cluster.observed() == cluster.uninterrupted(*LONG)
 
 
 def test_code_that_is_edited_after_submission_makes_no_difference(cluster: Cluster, tmp_path: Path) -> None:
@@ -99,7 +92,7 @@ def test_code_that_is_edited_after_submission_makes_no_difference(cluster: Clust
     broken = cluster.run(cluster.command(), PYTHONPATH=path)
     assert "the edited code ran" in broken.stderr
     cluster.wait_for(job_id)
-    assert observed(cluster.run_folder.root) == cluster.uninterrupted()
+    assert cluster.observed() == cluster.uninterrupted()
 
 
 def test_a_job_is_not_submitted_twice(cluster: Cluster) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 
 import pytest
 
 from ava_exp.tracking.metrics import of_kind, read_metrics
-from tests.faults.harness import observed
 from tests.slurm.jobs import Cluster
-from tests.slurm.test_jobs import LONG
+from tests.workplace import LONG
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -20,7 +21,7 @@ def test_two_nodes_train_as_two_processes_of_one_machine(cluster: Cluster) -> No
     done = cluster.run(cluster.command("launcher=slurm", "launcher.wait=true", *TWO_NODES))
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(read_metrics(cluster.run_folder.metrics)) == len({*map(str, read_metrics(cluster.run_folder.metrics))})
-    assert observed(cluster.run_folder.root) == cluster.uninterrupted("hardware.num_devices=2")
+    assert cluster.observed() == cluster.uninterrupted("hardware.num_devices=2")
 
 
 def test_four_nodes_of_two_ranks_finish(cluster: Cluster) -> None:
@@ -39,18 +40,17 @@ def test_a_warning_saves_all_ranks_together_and_one_of_them_requeues(cluster: Cl
     subprocess.run(["scancel", "--signal=USR2", job_id], check=True)
     cluster.wait_for(job_id)
     assert cluster.printed(job_id).count(f"job {job_id} is back in the queue") == 1
-    assert observed(cluster.run_folder.root) == cluster.uninterrupted(*overrides, "hardware.num_devices=2")
+    assert cluster.observed() == cluster.uninterrupted(*overrides, "hardware.num_devices=2")
 
 
 def test_a_killed_rank_ends_the_job_of_all(cluster: Cluster) -> None:
     job_id = cluster.submit(*LONG, *TWO_NODES)
     cluster.wait_until(lambda: cluster.num_steps > 100, "100 steps")
-    pattern = f"-m ava_exp .*{cluster.folder}/corpus"
-    ranks = subprocess.run(["pgrep", "-f", "--", pattern], capture_output=True, text=True, check=True).stdout.split()
+    ranks = cluster.ranks()
     assert len(ranks) == 2
-    subprocess.run(["kill", "-KILL", ranks[-1]], check=True)
+    os.kill(ranks[1], signal.SIGKILL)
     cluster.wait_for(job_id, "FAILED")
     assert "was killed by SIGKILL" in cluster.printed(job_id)
     again = cluster.submit(*LONG, *TWO_NODES)
     cluster.wait_for(again)
-    assert observed(cluster.run_folder.root) == cluster.uninterrupted(*LONG, "hardware.num_devices=2")
+    assert cluster.observed() == cluster.uninterrupted(*LONG, "hardware.num_devices=2")

@@ -1,0 +1,64 @@
+"""`hardware.num_devices=2` on this machine, as a user gives it: one command, two ranks, one run."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from ava_exp.errors import EXIT_RESUMABLE
+from tests.workplace import LONG, Workplace
+
+TWO = ("hardware.num_devices=2", "launcher.grace_s=10")
+
+
+@pytest.fixture
+def workplace(tmp_path: Path) -> Workplace:
+    return Workplace(tmp_path)
+
+
+def test_one_command_is_two_ranks_and_tells_everything_once(workplace: Workplace) -> None:
+    done = workplace.run(workplace.command(*TWO))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("Run folder: ") == done.stdout.count("Report: ") == 1
+    assert len(list((workplace.folder / "outputs" / "runs").iterdir())) == 1
+    assert workplace.num_steps == 12
+    assert workplace.observed().final["train"]["tokens"] == 12 * 2 * 2 * 16, "two ranks with two sequences each"
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR2"])
+def test_a_signal_to_the_command_stops_all_ranks_at_one_step(workplace: Workplace, name: str) -> None:
+    process = workplace.start(workplace.command(*LONG, *TWO))
+    workplace.wait_until(lambda: workplace.num_steps > 50, "50 steps")
+    process.send_signal(getattr(signal, name))
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == EXIT_RESUMABLE, out + err
+    assert out.count("saved. The same command goes on from there.") == 1
+    assert workplace.ranks() == []
+    again = workplace.run(workplace.command(*LONG, *TWO))
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert workplace.observed() == workplace.uninterrupted(*LONG, *TWO)
+
+
+def test_a_killed_rank_ends_the_run_and_the_same_command_goes_on(workplace: Workplace) -> None:
+    process = workplace.start(workplace.command(*LONG, *TWO))
+    workplace.wait_until(lambda: workplace.num_steps > 100, "100 steps")
+    os.kill(workplace.ranks()[1], signal.SIGKILL)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGKILL, out + err
+    assert err.count("ava_exp: rank 1 was killed by SIGKILL.") == 1
+    assert workplace.ranks() == []
+    again = workplace.run(workplace.command(*LONG, *TWO))
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert workplace.observed() == workplace.uninterrupted(*LONG, *TWO)
+
+
+def test_nothing_outlives_a_killed_command(workplace: Workplace) -> None:
+    process = workplace.start(workplace.command(*LONG, *TWO))
+    workplace.wait_until(lambda: workplace.num_steps > 50, "50 steps")
+    assert len(workplace.ranks()) == 2
+    process.kill()
+    process.communicate()
+    workplace.wait_until(lambda: workplace.ranks() == [], "the end of the ranks")
