@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -186,16 +188,31 @@ def _executor_class() -> type[submitit.SlurmExecutor]:
 
 
 def _submit(executor: submitit.SlurmExecutor, task: SlurmTask) -> str:
-    """Submit from an environment without another job's variables, and return the job's id."""
+    """Submit, and return the job's id."""
     from submitit.core.utils import FailedSubmissionError, UncompletedJobError
-    from submitit.helpers import clean_env
 
     try:
-        with clean_env():
+        with _outside_of_a_job():
             return str(executor.submit(task).job_id)
     except (FailedSubmissionError, UncompletedJobError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"SLURM did not take the job: {reason}") from error
+
+
+@contextmanager
+def _outside_of_a_job() -> Iterator[None]:
+    """Hide the variables of the job that this process is a part of; the new one would take them for its own.
+
+    What leads to the cluster stays. Outside of a job all stay: users have their defaults in `SBATCH_*`.
+    """
+    from submitit.helpers import clean_env, environment_variables
+
+    if "SLURM_JOB_ID" not in os.environ:
+        yield
+        return
+    kept = {"SLURM_CONF": os.environ["SLURM_CONF"]} if "SLURM_CONF" in os.environ else {}
+    with clean_env(), environment_variables(**kept):
+        yield
 
 
 def _commit() -> str | None:

@@ -41,6 +41,7 @@ MAY_TOUCH_THE_ENVIRONMENT = {
     "ava_exp/cli.py",  # sets HYDRA_FULL_ERROR: Hydra has no other way to be told to raise
     "ava_exp/tracking/mlflow_follower.py",  # sets what MLflow can be told in no other way
     "launchers/ava_launchers/rank.py",  # tells a process its place among the others
+    "launchers/ava_launchers/slurm.py",  # hides a job's variables from the next one
     "launchers/ava_launchers/slurm_task.py",  # is told by SLURM
 }
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}

@@ -152,6 +152,27 @@ def test_devices_are_asked_for_as_the_cluster_calls_them(
     assert {key: parameters[key] for key in expected} == expected
 
 
+@pytest.mark.parametrize("in_a_job", [True, False])
+def test_a_job_does_not_hand_its_variables_on(
+    command_line: CommandLine,
+    cluster: None,
+    script: Script,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    in_a_job: bool,
+) -> None:
+    script("sbatch", f"env >{tmp_path}/environment; echo Submitted batch job 42")
+    given = {"SLURM_CONF": "here", "SBATCH_ACCOUNT": "lab", "SLURM_NTASKS": "3"}
+    if in_a_job:
+        given["SLURM_JOB_ID"] = "41"
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert command_line(*SUBMIT).code == 0
+    seen = dict(line.partition("=")[::2] for line in (tmp_path / "environment").read_text().splitlines())
+    assert {name: seen[name] for name in given if name in seen} == ({"SLURM_CONF": "here"} if in_a_job else given)
+    assert {name: os.environ[name] for name in given} == given
+
+
 def test_what_starts_runs_the_code_as_it_was(command_line: CommandLine, cluster: None, tmp_path: Path) -> None:
     command_line(*SUBMIT)
     ((folder, _),) = all_jobs(tmp_path / "outputs")
