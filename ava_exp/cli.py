@@ -175,10 +175,18 @@ def _validate_and_run(config: DictConfig) -> int:
         if is_blocked(faults):
             return EXIT_USER_ERROR
     if run.launcher.takes(run.stage, run.hardware.num_devices) and not _is_rank():
-        from hydra.core.hydra_config import HydraConfig
-
-        return int(run.launcher.build().launch(run, list(HydraConfig.get().overrides.task)))
+        return int(run.launcher.build().launch(run, _overrides_of_this_point()))
     return int(run.stage.component()(run))
+
+
+def _overrides_of_this_point() -> list[str]:
+    """Return what composes this run on a command line; of a sweep's point Hydra writes `~group` as `~group=null`."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from ava_exp.config.folders import group_names
+
+    left_out = {f"~{group}=null": f"~{group}" for group in group_names()}
+    return [left_out.get(override, override) for override in HydraConfig.get().overrides.task]
 
 
 def _is_rank() -> bool:

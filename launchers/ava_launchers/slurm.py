@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -192,14 +193,14 @@ def _submit(executor: submitit.SlurmExecutor, task: SlurmTask) -> str:
     from submitit.core.utils import FailedSubmissionError, UncompletedJobError
 
     try:
-        with _outside_of_a_job():
+        with _outside_of_a_job(), contextlib.redirect_stderr(io.StringIO()):  # what sbatch says is told below
             return str(executor.submit(task).job_id)
     except (FailedSubmissionError, UncompletedJobError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"SLURM did not take the job: {reason}") from error
 
 
-@contextmanager
+@contextlib.contextmanager
 def _outside_of_a_job() -> Iterator[None]:
     """Hide the variables of the job that this process is a part of; the new one would take them for its own.
 

@@ -85,7 +85,7 @@ def test_code_that_is_edited_after_submission_makes_no_difference(cluster: Clust
         source = Path(ava_exp.__file__).parents[1] / name
         shutil.copytree(source, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
     path = f"{checkout}:{checkout / 'launchers'}"
-    job_id = cluster.submit("launcher.sbatch_parameters={begin: now+5}", PYTHONPATH=path)
+    job_id = cluster.submit("+launcher.sbatch_parameters.begin=now+5", PYTHONPATH=path)
     for edited in (checkout / "ava_exp" / "cli.py", checkout / "launchers" / "ava_launchers" / "slurm_task.py"):
         edited.write_text("raise SystemExit('the edited code ran')\n")
     (checkout / "conf" / "config.yaml").unlink()
@@ -96,7 +96,7 @@ def test_code_that_is_edited_after_submission_makes_no_difference(cluster: Clust
 
 
 def test_a_job_is_not_submitted_twice(cluster: Cluster) -> None:
-    job_id = cluster.submit("launcher.sbatch_parameters={begin: now+60}")
+    job_id = cluster.submit("+launcher.sbatch_parameters.begin=now+60")
     again = cluster.run(cluster.command("launcher=slurm"))
     assert again.returncode == 2
     assert f"job {job_id} (PENDING) trains" in again.stderr

@@ -99,7 +99,7 @@ def test_what_sbatch_is_asked_for(command_line: CommandLine, cluster: None, tmp_
         "launcher.cpus_per_device=4",
         "launcher.gres_per_device='gpu:h100'",
         "launcher.setup=['module load cuda']",
-        "launcher.sbatch_parameters={constraint: fast}",
+        "+launcher.sbatch_parameters.constraint=fast",
         "launcher.srun_arguments=['--container-image=x']",
         "launcher.python='container python'",
     )
