@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,9 +17,9 @@ from tests.faults.harness import TINY, Observed, observed, write_corpus
 
 PATIENCE_S = 150.0
 LONG = (
-    "budget.steps=1500",
-    "checkpoint.save_every_n_batches=50",
-    "evaluation.interval_steps=500",
+    "budget.steps=600",
+    "checkpoint.save_every_n_batches=40",
+    "evaluation.interval_steps=300",
 )
 """So long that something can happen to it on the way: some seconds."""
 
@@ -52,12 +54,6 @@ class Workplace:
         """Give a command and do not wait for it."""
         pipe = subprocess.PIPE
         return subprocess.Popen(command, cwd=self.folder, stdout=pipe, stderr=pipe, text=True)
-
-    def uninterrupted(self, *overrides: str) -> Observed:
-        """Return what a training leaves when it runs on this machine, and nothing happens to it."""
-        done = self.run(self.command(*overrides, output_dir="elsewhere"))
-        assert done.returncode == 0, done.stdout + done.stderr
-        return observed((self.folder / "elsewhere" / "latest").resolve())
 
     def observed(self) -> Observed:
         """Return what the run left."""
@@ -96,3 +92,13 @@ class Workplace:
     def story(self) -> str:
         """Return what may explain why something did not happen."""
         return ""
+
+
+@functools.cache
+def uninterrupted(*overrides: str) -> Observed:
+    """Return what a training leaves when it runs on this machine and nothing happens to it; it is trained once."""
+    with tempfile.TemporaryDirectory() as folder:
+        workplace = Workplace(Path(folder))
+        done = workplace.run(workplace.command(*overrides))
+        assert done.returncode == 0, done.stdout + done.stderr
+        return workplace.observed()

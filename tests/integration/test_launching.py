@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ava_exp.errors import EXIT_RESUMABLE
-from tests.workplace import LONG, Workplace
+from tests.workplace import LONG, Workplace, uninterrupted
 
 TWO = ("hardware.num_devices=2", "launcher.grace_s=10")
 
@@ -39,7 +39,7 @@ def test_a_signal_to_the_command_stops_all_ranks_at_one_step(workplace: Workplac
     assert workplace.ranks() == []
     again = workplace.run(workplace.command(*LONG, *TWO))
     assert again.returncode == 0, again.stdout + again.stderr
-    assert workplace.observed() == workplace.uninterrupted(*LONG, *TWO)
+    assert workplace.observed() == uninterrupted(*LONG, *TWO)
 
 
 def test_a_killed_rank_ends_the_run_and_the_same_command_goes_on(workplace: Workplace) -> None:
@@ -52,7 +52,7 @@ def test_a_killed_rank_ends_the_run_and_the_same_command_goes_on(workplace: Work
     assert workplace.ranks() == []
     again = workplace.run(workplace.command(*LONG, *TWO))
     assert again.returncode == 0, again.stdout + again.stderr
-    assert workplace.observed() == workplace.uninterrupted(*LONG, *TWO)
+    assert workplace.observed() == uninterrupted(*LONG, *TWO)
 
 
 def test_nothing_outlives_a_killed_command(workplace: Workplace) -> None:

@@ -27,7 +27,7 @@ alive() { # NAME
   local pid program
   pid=$(cat "$D/pid/$1" 2>/dev/null) || return 1
   program=$(readlink "/proc/$pid/exe" 2>/dev/null) || return 1
-  [[ $program == *"/${1%.*}" ]]
+  [[ ${program##*/} == "${1%.*}"* ]] # Debian calls it slurmd-wlm
 }
 
 spawn() { # NAME COMMAND...: in a session of its own, which outlives this script

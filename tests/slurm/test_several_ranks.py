@@ -10,7 +10,7 @@ import pytest
 
 from ava_exp.tracking.metrics import of_kind, read_metrics
 from tests.slurm.jobs import Cluster
-from tests.workplace import LONG
+from tests.workplace import LONG, uninterrupted
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -21,7 +21,7 @@ def test_two_nodes_train_as_two_processes_of_one_machine(cluster: Cluster) -> No
     done = cluster.run(cluster.command("launcher=slurm", "launcher.wait=true", *TWO_NODES))
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(read_metrics(cluster.run_folder.metrics)) == len({*map(str, read_metrics(cluster.run_folder.metrics))})
-    assert cluster.observed() == cluster.uninterrupted("hardware.num_devices=2")
+    assert cluster.observed() == uninterrupted("hardware.num_devices=2")
 
 
 def test_four_nodes_of_two_ranks_finish(cluster: Cluster) -> None:
@@ -40,7 +40,7 @@ def test_a_warning_saves_all_ranks_together_and_one_of_them_requeues(cluster: Cl
     subprocess.run(["scancel", "--signal=USR2", job_id], check=True)
     cluster.wait_for(job_id)
     assert cluster.printed(job_id).count(f"job {job_id} is back in the queue") == 1
-    assert cluster.observed() == cluster.uninterrupted(*overrides, "hardware.num_devices=2")
+    assert cluster.observed() == uninterrupted(*overrides, "hardware.num_devices=2")
 
 
 def test_a_killed_rank_ends_the_job_of_all(cluster: Cluster) -> None:
@@ -53,4 +53,4 @@ def test_a_killed_rank_ends_the_job_of_all(cluster: Cluster) -> None:
     assert "was killed by SIGKILL" in cluster.printed(job_id)
     again = cluster.submit(*LONG, *TWO_NODES)
     cluster.wait_for(again)
-    assert cluster.observed() == cluster.uninterrupted(*LONG, "hardware.num_devices=2")
+    assert cluster.observed() == uninterrupted(*LONG, "hardware.num_devices=2")
