@@ -17,9 +17,9 @@ from tests.faults.harness import TINY, Observed, observed, write_corpus
 
 PATIENCE_S = 150.0
 LONG = (
-    "budget.steps=600",
+    "budget.steps=400",
     "checkpoint.save_every_n_batches=40",
-    "evaluation.interval_steps=300",
+    "evaluation.interval_steps=200",
 )
 """So long that something can happen to it on the way: some seconds."""
 

@@ -44,13 +44,13 @@ def test_the_command_for_runs_knows_the_job(cluster: Cluster) -> None:
     assert cluster.ask("logs", job_id).returncode == 0
     watched = cluster.ask("watch", job_id, "--interval-s", "0.5")
     assert watched.returncode == 0, watched.stdout + watched.stderr
-    assert watched.stdout.splitlines()[-1].split()[1:3] == ["finished", "600/600"]
+    assert watched.stdout.splitlines()[-1].split()[1:3] == ["finished", "400/400"]
 
 
 def test_a_requeue_by_the_operator_goes_on_bit_for_bit(cluster: Cluster) -> None:
     """The job is not warned: it goes on from the newest checkpoint."""
     job_id = cluster.submit(*LONG)
-    cluster.wait_until(lambda: cluster.num_steps > 100, "100 steps")
+    cluster.wait_until(lambda: cluster.num_steps > 50, "50 steps")
     subprocess.run(["scontrol", "requeue", job_id], check=True)
     cluster.wait_for(job_id)
     assert "Going on from step" in cluster.printed(job_id)
@@ -59,7 +59,7 @@ def test_a_requeue_by_the_operator_goes_on_bit_for_bit(cluster: Cluster) -> None
 
 def test_a_pre_empted_job_saves_goes_back_and_goes_on_bit_for_bit(cluster: Cluster) -> None:
     job_id = cluster.submit(*LONG, "checkpoint.save_every_n_batches=5000")
-    cluster.wait_until(lambda: cluster.num_steps > 100, "100 steps")
+    cluster.wait_until(lambda: cluster.num_steps > 50, "50 steps")
     whole_cluster = ["sbatch", "--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 2"]
     subprocess.run(whole_cluster, check=True, cwd=cluster.folder)
     cluster.wait_for(job_id)
@@ -71,7 +71,7 @@ def test_a_pre_empted_job_saves_goes_back_and_goes_on_bit_for_bit(cluster: Clust
 
 def test_a_cancelled_job_stays_cancelled_and_the_same_command_goes_on_here(cluster: Cluster) -> None:
     job_id = cluster.submit(*LONG)
-    cluster.wait_until(lambda: cluster.num_steps > 100, "100 steps")
+    cluster.wait_until(lambda: cluster.num_steps > 50, "50 steps")
     assert cluster.ask("cancel", job_id).returncode == 0
     cluster.wait_for(job_id, "CANCELLED")
     assert cluster.ask("list").stdout.splitlines()[1].split()[1] in ("stopped", "interrupted")

@@ -36,7 +36,7 @@ def test_a_warning_saves_all_ranks_together_and_one_of_them_requeues(cluster: Cl
     """The signal is the one that SLURM sends before the end of a job's time."""
     overrides = (*LONG, "checkpoint.save_every_n_batches=5000")
     job_id = cluster.submit(*overrides, *TWO_NODES)
-    cluster.wait_until(lambda: cluster.num_steps > 100, "100 steps")
+    cluster.wait_until(lambda: cluster.num_steps > 50, "50 steps")
     subprocess.run(["scancel", "--signal=USR2", job_id], check=True)
     cluster.wait_for(job_id)
     assert cluster.printed(job_id).count(f"job {job_id} is back in the queue") == 1
@@ -45,7 +45,7 @@ def test_a_warning_saves_all_ranks_together_and_one_of_them_requeues(cluster: Cl
 
 def test_a_killed_rank_ends_the_job_of_all(cluster: Cluster) -> None:
     job_id = cluster.submit(*LONG, *TWO_NODES)
-    cluster.wait_until(lambda: cluster.num_steps > 100, "100 steps")
+    cluster.wait_until(lambda: cluster.num_steps > 50, "50 steps")
     ranks = cluster.ranks()
     assert len(ranks) == 2
     os.kill(ranks[1], signal.SIGKILL)
