@@ -15,13 +15,15 @@ from pathlib import Path
 from ava_exp.tracking.folder import RunFolder
 from tests.faults.harness import TINY, Observed, observed, write_corpus
 
-PATIENCE_S = 150.0
+PATIENCE_S = 270.0
 LONG = (
-    "budget.steps=400",
-    "checkpoint.save_every_n_batches=40",
-    "evaluation.interval_steps=200",
+    "budget.steps=300",
+    "checkpoint.save_every_n_batches=30",
+    "evaluation.interval_steps=150",
 )
-"""So long that something can happen to it on the way: some seconds."""
+"""So long that something can happen to it on the way."""
+SEVERAL = ("budget.steps=120", "checkpoint.save_every_n_batches=20", "evaluation.interval_steps=60")
+"""The same for several ranks, whose steps take longer."""
 
 
 @dataclass(frozen=True, slots=True)

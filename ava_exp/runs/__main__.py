@@ -42,11 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser; what it parses are a command's keywords and the command itself."""
-    common = argparse.ArgumentParser(add_help=False)
+    common = OneLineParser(add_help=False)
     common.add_argument("--output-dir", type=Path, default=Path("outputs"), help="where the runs are (outputs)")
-    named = argparse.ArgumentParser(add_help=False, parents=[common])
+    named = OneLineParser(add_help=False, parents=[common])
     named.add_argument("name", help="a run, `latest`, or the id of a job")
-    several = argparse.ArgumentParser(add_help=False, parents=[common])
+    several = OneLineParser(add_help=False, parents=[common])
     several.add_argument("names", nargs="+", metavar="name", help="runs, two or more")
     top = OneLineParser(prog="python -m ava_exp.runs", description="Runs and jobs.")
     kinds = top.add_subparsers(required=True, metavar="COMMAND", parser_class=OneLineParser)

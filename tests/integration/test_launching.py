@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ava_exp.errors import EXIT_RESUMABLE
-from tests.workplace import LONG, Workplace, uninterrupted
+from tests.workplace import SEVERAL, Workplace, uninterrupted
 
 TWO = ("hardware.num_devices=2", "launcher.grace_s=10")
 
@@ -31,34 +31,34 @@ def test_one_command_is_two_ranks_and_tells_everything_once(workplace: Workplace
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR2"])
 def test_a_signal_to_the_command_stops_all_ranks_at_one_step(workplace: Workplace, name: str) -> None:
-    process = workplace.start(workplace.command(*LONG, *TWO))
-    workplace.wait_until(lambda: workplace.num_steps > 50, "50 steps")
+    process = workplace.start(workplace.command(*SEVERAL, *TWO))
+    workplace.wait_until(lambda: workplace.num_steps > 25, "25 steps")
     process.send_signal(getattr(signal, name))
     out, err = process.communicate(timeout=60)
     assert process.returncode == EXIT_RESUMABLE, out + err
     assert out.count("saved. The same command goes on from there.") == 1
     assert workplace.ranks() == []
-    again = workplace.run(workplace.command(*LONG, *TWO))
+    again = workplace.run(workplace.command(*SEVERAL, *TWO))
     assert again.returncode == 0, again.stdout + again.stderr
-    assert workplace.observed() == uninterrupted(*LONG, *TWO)
+    assert workplace.observed() == uninterrupted(*SEVERAL, *TWO)
 
 
 def test_a_killed_rank_ends_the_run_and_the_same_command_goes_on(workplace: Workplace) -> None:
-    process = workplace.start(workplace.command(*LONG, *TWO))
-    workplace.wait_until(lambda: workplace.num_steps > 50, "50 steps")
+    process = workplace.start(workplace.command(*SEVERAL, *TWO))
+    workplace.wait_until(lambda: workplace.num_steps > 25, "25 steps")
     os.kill(workplace.ranks()[1], signal.SIGKILL)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGKILL, out + err
     assert err.count("ava_exp: rank 1 was killed by SIGKILL.") == 1
     assert workplace.ranks() == []
-    again = workplace.run(workplace.command(*LONG, *TWO))
+    again = workplace.run(workplace.command(*SEVERAL, *TWO))
     assert again.returncode == 0, again.stdout + again.stderr
-    assert workplace.observed() == uninterrupted(*LONG, *TWO)
+    assert workplace.observed() == uninterrupted(*SEVERAL, *TWO)
 
 
 def test_nothing_outlives_a_killed_command(workplace: Workplace) -> None:
-    process = workplace.start(workplace.command(*LONG, *TWO))
-    workplace.wait_until(lambda: workplace.num_steps > 50, "50 steps")
+    process = workplace.start(workplace.command(*SEVERAL, *TWO))
+    workplace.wait_until(lambda: workplace.num_steps > 25, "25 steps")
     assert len(workplace.ranks()) == 2
     process.kill()
     process.communicate()

@@ -14,7 +14,7 @@ from ava_exp.tracking.metrics import of_kind, read_metrics
 from tests.slurm.jobs import Cluster
 from tests.workplace import LONG, uninterrupted
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(900)
 
 
 def test_a_job_is_the_run_that_it_would_be_here(cluster: Cluster) -> None:
@@ -44,7 +44,7 @@ def test_the_command_for_runs_knows_the_job(cluster: Cluster) -> None:
     assert cluster.ask("logs", job_id).returncode == 0
     watched = cluster.ask("watch", job_id, "--interval-s", "0.5")
     assert watched.returncode == 0, watched.stdout + watched.stderr
-    assert watched.stdout.splitlines()[-1].split()[1:3] == ["finished", "400/400"]
+    assert watched.stdout.splitlines()[-1].split()[1:3] == ["finished", "300/300"]
 
 
 def test_a_requeue_by_the_operator_goes_on_bit_for_bit(cluster: Cluster) -> None:
@@ -58,7 +58,8 @@ def test_a_requeue_by_the_operator_goes_on_bit_for_bit(cluster: Cluster) -> None
 
 
 def test_a_pre_empted_job_saves_goes_back_and_goes_on_bit_for_bit(cluster: Cluster) -> None:
-    job_id = cluster.submit(*LONG, "checkpoint.save_every_n_batches=5000")
+    overrides = (*LONG, "budget.steps=1500", "checkpoint.save_every_n_batches=5000")
+    job_id = cluster.submit(*overrides)
     cluster.wait_until(lambda: cluster.num_steps > 50, "50 steps")
     whole_cluster = ["sbatch", "--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 2"]
     subprocess.run(whole_cluster, check=True, cwd=cluster.folder)
@@ -66,7 +67,7 @@ def test_a_pre_empted_job_saves_goes_back_and_goes_on_bit_for_bit(cluster: Clust
     printed = cluster.printed(job_id)
     assert printed.count(f"job {job_id} is back in the queue") == 1
     assert "saved. The same command goes on" in printed and "Going on from step" in printed
-    assert cluster.observed() == uninterrupted(*LONG, "checkpoint.save_every_n_batches=5000")
+    assert cluster.observed() == uninterrupted(*overrides)
 
 
 def test_a_cancelled_job_stays_cancelled_and_the_same_command_goes_on_here(cluster: Cluster) -> None:

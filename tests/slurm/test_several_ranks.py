@@ -10,9 +10,9 @@ import pytest
 
 from ava_exp.tracking.metrics import of_kind, read_metrics
 from tests.slurm.jobs import Cluster
-from tests.workplace import LONG, uninterrupted
+from tests.workplace import SEVERAL, uninterrupted
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(900)
 
 TWO_NODES = ("launcher.num_nodes=2", "launcher.grace_s=10")
 
@@ -34,9 +34,9 @@ def test_four_nodes_of_two_ranks_finish(cluster: Cluster) -> None:
 
 def test_a_warning_saves_all_ranks_together_and_one_of_them_requeues(cluster: Cluster) -> None:
     """The signal is the one that SLURM sends before the end of a job's time."""
-    overrides = (*LONG, "checkpoint.save_every_n_batches=5000")
+    overrides = (*SEVERAL, "checkpoint.save_every_n_batches=5000")
     job_id = cluster.submit(*overrides, *TWO_NODES)
-    cluster.wait_until(lambda: cluster.num_steps > 50, "50 steps")
+    cluster.wait_until(lambda: cluster.num_steps > 20, "20 steps")
     subprocess.run(["scancel", "--signal=USR2", job_id], check=True)
     cluster.wait_for(job_id)
     assert cluster.printed(job_id).count(f"job {job_id} is back in the queue") == 1
@@ -44,13 +44,13 @@ def test_a_warning_saves_all_ranks_together_and_one_of_them_requeues(cluster: Cl
 
 
 def test_a_killed_rank_ends_the_job_of_all(cluster: Cluster) -> None:
-    job_id = cluster.submit(*LONG, *TWO_NODES)
-    cluster.wait_until(lambda: cluster.num_steps > 50, "50 steps")
+    job_id = cluster.submit(*SEVERAL, *TWO_NODES)
+    cluster.wait_until(lambda: cluster.num_steps > 20, "20 steps")
     ranks = cluster.ranks()
     assert len(ranks) == 2
     os.kill(ranks[1], signal.SIGKILL)
     cluster.wait_for(job_id, "FAILED")
     assert "was killed by SIGKILL" in cluster.printed(job_id)
-    again = cluster.submit(*LONG, *TWO_NODES)
+    again = cluster.submit(*SEVERAL, *TWO_NODES)
     cluster.wait_for(again)
-    assert cluster.observed() == uninterrupted(*LONG, "hardware.num_devices=2")
+    assert cluster.observed() == uninterrupted(*SEVERAL, "hardware.num_devices=2")
