@@ -165,6 +165,14 @@ def _compiled_blocks_are_not_skipped(config: RunConfig) -> Iterator[Fault]:
         yield error("training.compile", expected, True, "How many tokens a layer gets is data, and cannot be compiled.")
 
 
+def _what_is_cut_is_as_it_is(config: RunConfig) -> Iterator[Fault]:
+    if config.distributed.backend is Backend.fsdp2:
+        mend = "`distributed=ddp` goes with it."
+        for key in ("compile", "offload_activations"):
+            if getattr(config.training, key):
+                yield error(f"training.{key}", "false with `distributed=fsdp2`", True, mend)
+
+
 def _compiled_blocks_are_recomputed_whole(config: RunConfig) -> Iterator[Fault]:
     training = config.training
     if training.compile and training.recompute is Recompute.selective:
@@ -187,6 +195,7 @@ RULES: tuple[Rule, ...] = (
     _only_bf16_rounds_stochastically,
     _compiled_blocks_are_not_skipped,
     _compiled_blocks_are_recomputed_whole,
+    _what_is_cut_is_as_it_is,
     _nodes_are_shared_by_training,
     _single_is_one_task,
     _the_warning_comes_before_the_end,
