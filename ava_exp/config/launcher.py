@@ -23,7 +23,7 @@ class LauncherConfig(ComponentConfig):
 
     def takes(self, stage: StageConfig, num_devices: int) -> bool:
         """Whether a stage on so many devices is this launcher's work; else the process that was asked does it."""
-        return stage.trains and num_devices > 1
+        return stage.trains and (num_devices > 1 or self.hang_timeout_s is not None)
 
 
 @dataclass(kw_only=True, slots=True)

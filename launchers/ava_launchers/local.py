@@ -28,7 +28,8 @@ class LocalLauncher:
         runtime says so or refuses.
         """
         num_ranks = config.hardware.num_devices
-        if config.distributed.backend is Backend.single or not has_devices(config.hardware):
+        is_asked_for_one = num_ranks > 1 and config.distributed.backend is Backend.single
+        if is_asked_for_one or not has_devices(config.hardware):
             return int(config.stage.component()(config))
         command = [sys.executable, "-m", "ava_exp", *overrides]
         supervisor = Supervisor(
@@ -39,6 +40,8 @@ class LocalLauncher:
 
 def has_devices(hardware: HardwareConfig) -> bool:
     """Whether this machine has as many devices as are asked for; a CPU runs any number of processes."""
+    if hardware.num_devices == 1:
+        return True  # whatever it is
     import torch
 
     num_gpus = torch.cuda.device_count()
