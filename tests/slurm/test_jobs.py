@@ -106,12 +106,20 @@ def test_a_job_is_not_submitted_twice(cluster: Cluster) -> None:
 
 def test_a_job_out_of_time_saves_goes_back_and_goes_on(cluster: Cluster) -> None:
     """A minute is the least that SLURM counts in; it warns up to half a minute earlier than it is asked to."""
-    limits = ("launcher.time_limit_minutes=1", "launcher.warning_s=30", "launcher.max_requeues=9")
-    job_id = cluster.submit("budget.steps=null", "budget.seconds=60", "evaluation.interval_steps=100000", *limits)
-    cluster.wait_for(job_id)
+    limits = ("launcher.time_limit_minutes=1", "launcher.warning_s=30")
+    job_id = cluster.submit(
+        *LONG,
+        "budget.steps=100000",
+        "checkpoint.save_every_n_batches=100000",
+        "evaluation.interval_steps=5000",
+        *limits,
+    )
+    cluster.wait_until(lambda: "Going on from step" in cluster.printed(job_id), "another start")
+    cluster.wait_until(lambda: "step " in cluster.printed(job_id).partition("Going on")[2], "a step of it")
+    assert cluster.ask("cancel", job_id).returncode == 0
+    cluster.wait_for(job_id, "CANCELLED")
     printed = cluster.printed(job_id)
-    num_starts = 1 + printed.count(f"job {job_id} is back in the queue")
-    assert num_starts > 1
-    assert printed.count("Stopped by SIGUSR2") == printed.count("Going on from step") == num_starts - 1
+    assert printed.count(f"job {job_id} is back in the queue") == printed.count("Going on from step") == 1
+    assert "Stopped by SIGUSR2" in printed.partition("Going on")[0]
     records = of_kind(read_metrics(cluster.run_folder.metrics), "train")
     assert [record["step"] for record in records] == list(range(1, len(records) + 1))
