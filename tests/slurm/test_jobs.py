@@ -115,7 +115,7 @@ def test_a_job_out_of_time_saves_goes_back_and_goes_on(cluster: Cluster) -> None
         *limits,
     )
     cluster.wait_until(lambda: "Going on from step" in cluster.printed(job_id), "another start")
-    cluster.wait_until(lambda: "step " in cluster.printed(job_id).partition("Going on")[2], "a step of it")
+    cluster.wait_until(lambda: "gradient norm" in cluster.printed(job_id).partition("Going on")[2], "a step of it")
     assert cluster.ask("cancel", job_id).returncode == 0
     cluster.wait_for(job_id, "CANCELLED")
     printed = cluster.printed(job_id)
