@@ -119,7 +119,8 @@ def test_a_job_out_of_time_saves_goes_back_and_goes_on(cluster: Cluster) -> None
     assert cluster.ask("cancel", job_id).returncode == 0
     cluster.wait_for(job_id, "CANCELLED")
     printed = cluster.printed(job_id)
-    assert printed.count(f"job {job_id} is back in the queue") == printed.count("Going on from step") == 1
+    assert printed.count("Going on from step") == 1
+    assert printed.count(f"job {job_id} is back in the queue") >= 1, "more, where a warning came before the first step"
     assert "Stopped by SIGUSR2" in printed.partition("Going on")[0]
     records = of_kind(read_metrics(cluster.run_folder.metrics), "train")
     assert [record["step"] for record in records] == list(range(1, len(records) + 1))
