@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import faulthandler
 import json
 import logging
 import os
 import platform
 import re
 import resource
+import signal
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -147,6 +150,24 @@ def join_ranks(distributed: DistributedConfig, hardware: HardwareConfig) -> Rank
     )
     _probe_synchronisation(accelerator, ranks)
     return ranks
+
+
+@contextmanager
+def heartbeat() -> Iterator[Callable[[object], None]]:
+    """Yield what is to be called after every step, for the launcher that watches over this process, if one does.
+
+    It touches the file that `AVA_EXP_HEARTBEAT` names, which is gone when the steps are over. From now on SIGQUIT makes
+    a process that is watched write the stacks of its threads to standard error.
+    """
+    path = os.environ.get("AVA_EXP_HEARTBEAT")
+    if path is None:
+        yield lambda record: None
+        return
+    faulthandler.register(signal.SIGQUIT)
+    try:
+        yield lambda record: Path(path).touch()
+    finally:
+        Path(path).unlink(missing_ok=True)
 
 
 def leave_ranks(ranks: Ranks) -> None:

@@ -22,7 +22,15 @@ from ava_exp.models.decoder import Decoder
 from ava_exp.models.surgery import Parameters, Surgeon
 from ava_exp.optim.update import Updater
 from ava_exp.parallel.ranks import Ranks
-from ava_exp.runtime import Runtime, join_ranks, leave_ranks, open_runtime, peak_memory_bytes, reset_peak_memory
+from ava_exp.runtime import (
+    Runtime,
+    heartbeat,
+    join_ranks,
+    leave_ranks,
+    open_runtime,
+    peak_memory_bytes,
+    reset_peak_memory,
+)
 from ava_exp.stages import assembly
 from ava_exp.stages.runs import INITIAL, InitialWeights, recorded_initial_weights, with_initial_weights
 from ava_exp.tracking.folder import RunFolder, new_attempt, newest_attempt
@@ -364,12 +372,12 @@ class Pretraining:
         )
         extra = {"fingerprints": assembly.fingerprints(data), "run": self.folder.root.name}
         with ExitStack() as stack:
-            sinks: list[Callable[[Record], None]] = []
+            sinks: list[Callable[[Record], None]] = [stack.enter_context(heartbeat())]
             if ranks.is_first:
                 metrics = stack.enter_context(MetricsFile(self.folder.metrics))
                 parameters = assembly.parameters_of(self.config, surgeon.model, updater)
                 view = stack.enter_context(open_view(total_steps, self._title(total_steps, parameters)))
-                sinks = [metrics.append, view.update, RecordLog(total_steps).append]
+                sinks += [metrics.append, view.update, RecordLog(total_steps).append]
 
             def save(state: TrainState) -> None:
                 drawn = ranks.gather(random_state())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,18 @@ def test_a_killed_rank_ends_the_run_and_the_same_command_goes_on(workplace: Work
     again = workplace.run(workplace.command(*SEVERAL, *TWO))
     assert again.returncode == 0, again.stdout + again.stderr
     assert workplace.observed() == uninterrupted(*SEVERAL, *TWO)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells whether a process is stopped")
+def test_a_stopped_rank_ends_the_run_with_the_stacks_of_all(workplace: Workplace) -> None:
+    process = workplace.start(workplace.command(*SEVERAL, *TWO, "launcher.hang_timeout_s=20"))
+    workplace.wait_until(lambda: workplace.num_steps > 25, "25 steps")
+    os.kill(workplace.ranks()[1], signal.SIGSTOP)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 1, out + err
+    assert "ava_exp: rank 1 did not finish a step for 20 s: stopped by a signal." in err
+    assert err.count("most recent call first") >= 2 and "rank 1: " in err, "its stack, and that of the one that waits"
+    assert workplace.ranks() == []
 
 
 def test_nothing_outlives_a_killed_command(workplace: Workplace) -> None:

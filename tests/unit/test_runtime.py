@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import faulthandler
 import mmap
 import re
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -202,3 +205,24 @@ def test_the_peak_of_memory_is_what_was_resident_since_it_was_reset() -> None:
 def test_the_peak_of_a_gpu_is_what_torch_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 12345)
     assert peak_memory_bytes(torch.device("cuda")) == 12345
+
+
+def test_a_process_that_is_watched_tells_of_its_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "beat"
+    monkeypatch.setenv("AVA_EXP_HEARTBEAT", str(path))
+    with runtime.heartbeat() as beat:
+        assert not path.exists(), "preparing is no step"
+        beat({})
+        before = path.stat().st_mtime_ns
+        time.sleep(0.02)
+        beat({})
+        assert path.stat().st_mtime_ns > before
+    assert not path.exists(), "nor is reporting"
+    assert faulthandler.unregister(signal.SIGQUIT), "it can be asked for its stacks"
+
+
+def test_a_process_that_nobody_watches_tells_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AVA_EXP_HEARTBEAT", raising=False)
+    with runtime.heartbeat() as beat:
+        beat({})
+    assert not faulthandler.unregister(signal.SIGQUIT)
