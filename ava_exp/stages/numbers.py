@@ -27,7 +27,7 @@ def figure(number: float) -> str:
         return f"{number:,.0f}"
     if number >= 9.995:
         return f"{number:.1f}"
-    return f"{number:.2f}" if number >= 0.1 or number == 0 else f"{number:.1g}"
+    return f"{number:.2f}" if number >= 0.1 or number == 0 else f"{number:.2g}"
 
 
 def money(amount: float) -> str:

@@ -21,14 +21,13 @@ from ava_exp.models.arithmetic import (
     forward_flops_per_token,
     training_flops_per_token,
 )
+from ava_exp.models.backends import STATE
 from ava_exp.models.memory import WEIGHT_BYTES, MemoryEstimate, estimate_memory
 from ava_exp.models.zero import STAGES, ZeroMemory, divide, layer_parameters
 from ava_exp.stages.numbers import duration, money, rounded, short, table_of
-from ava_exp.stages.scaling import back_end_tables
+from ava_exp.stages.scaling import FITS, GB, GIB, back_end_tables, can_offload
 from ava_exp.training.forecast import forecast, tokens_per_second
 
-GIB = 2**30
-GB = 1e9
 FORMATS = {
     "fp32": Precision.fp32,
     "mixed": Precision.mixed_bf16,
@@ -36,9 +35,6 @@ FORMATS = {
     "bf16": Precision.bf16,
 }
 """Columns of the memory table; `mixed_fp16` takes as much as `mixed_bf16`."""
-STATE = ("weights", "master_weights", "gradients", "optimizer")
-"""Parts of the memory that do not depend on the batch."""
-FITS = "✓"
 
 
 def run(config: RunConfig) -> int:
@@ -146,11 +142,6 @@ def _memory_table(config: RunConfig) -> Table:
     if hardware.memory_gib is not None:
         table.caption = f"{answer} {hardware.name} ({hardware.memory_gib:g} GiB)."
     return table
-
-
-def can_offload(hardware: HardwareConfig) -> bool:
-    """Whether the host has memory of its own: a CPU is the host, and an Apple GPU shares its memory."""
-    return hardware.device not in (DeviceType.cpu, DeviceType.mps)
 
 
 def _divisions(hardware: HardwareConfig) -> list[tuple[str, int, bool]]:

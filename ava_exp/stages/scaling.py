@@ -8,13 +8,13 @@ from typing import TypeVar
 
 from rich.table import Table
 
-from ava_exp.config.machine import HardwareConfig, Precision
+from ava_exp.config.machine import DeviceType, HardwareConfig, Precision
 from ava_exp.config.run import RunConfig
 from ava_exp.config.stage import PlanConfig
 from ava_exp.models.backends import BackEnd
 from ava_exp.models.communication import Collective
 from ava_exp.models.memory import MemoryEstimate
-from ava_exp.stages.numbers import figure, short, table_of, unit_of_time
+from ava_exp.stages.numbers import figure, table_of, unit_of_time
 from ava_exp.training.forecast import Forecast
 from ava_exp.training.scaling import (
     Assumptions,
@@ -27,12 +27,29 @@ from ava_exp.training.scaling import (
 )
 
 GIB = 2**30
-GB = 1e9
+GB, MB = 1e9, 1e6
 FITS = "✓"
-BACK_ENDS = tuple(back_end for back_end in BackEnd if back_end is not BackEnd.single)
-"""Those that several devices have to choose from."""
-
 T = TypeVar("T")
+
+
+def can_offload(hardware: HardwareConfig) -> bool:
+    """Whether the host has memory of its own: a CPU is the host, and an Apple GPU shares its memory."""
+    return hardware.device not in (DeviceType.cpu, DeviceType.mps)
+
+
+def back_ends_of(hardware: HardwareConfig) -> list[BackEnd]:
+    """Return the back ends that several such devices have to choose from."""
+    offloads = {BackEnd.zero3_offload} if can_offload(hardware) else set[BackEnd]()
+    return [
+        end for end in BackEnd if end is not BackEnd.single and (end is not BackEnd.zero3_offload or end in offloads)
+    ]
+
+
+def assumptions_of(stage: PlanConfig) -> Assumptions:
+    """Return what this stage takes for granted."""
+    return Assumptions(
+        mfu=stage.assumed_mfu, link_utilisation=stage.assumed_link_utilisation, overlap=stage.assumed_overlap
+    )
 
 
 def back_end_tables(config: RunConfig) -> Iterator[Table | str]:
@@ -42,23 +59,21 @@ def back_end_tables(config: RunConfig) -> Iterator[Table | str]:
     assert isinstance(stage, PlanConfig)
     if hardware.num_devices == 1:
         return
-    assumptions = Assumptions(
-        mfu=stage.assumed_mfu, link_utilisation=stage.assumed_link_utilisation, overlap=stage.assumed_overlap
-    )
+    assumptions = assumptions_of(stage)
     precision = planned_precision(config.precision.training, hardware)
     title = f"Back ends on {hardware.num_devices:,} × {hardware.name} in {precision.value}"
     expert_parallel = stage.expert_parallel or widest_expert_parallel(config)
     for number in sorted({1, expert_parallel}):
         predictions = [
             predict(config, back_end, assumptions, precision=precision, expert_parallel=number)
-            for back_end in BACK_ENDS
+            for back_end in back_ends_of(hardware)
         ]
         yield _table(title if number == 1 else f"{title}, experts divided among {number}", predictions, hardware)
     yield from _assumed(hardware, precision, assumptions)
 
 
 def _assumed(hardware: HardwareConfig, precision: Precision, assumptions: Assumptions) -> Iterator[str]:
-    missing = [f"`{key}=…`" for key in undeclared(hardware, precision)]
+    missing = [f"`{key}=…`" for key in undeclared(hardware, precision, offload=can_offload(hardware))]
     if missing:
         yield f"For every time here hardware={hardware.name} declares too little: give {' and '.join(missing)}."
     yield (
@@ -95,19 +110,23 @@ def _add_memory(table: Table, predictions: list[Prediction], hardware: HardwareC
 
 
 def _add_sent(table: Table, predictions: list[Prediction]) -> None:
+    most = max(size for prediction in predictions for size in prediction.sent.values())
+    unit, length = ("GB", GB) if most >= GB else ("MB", MB)
     table.add_section()
-    table.add_row("[bold]sent, GB")
+    table.add_row(f"[bold]sent, {unit}")
     for collective in Collective:
         sizes = [prediction.sent.get(collective, 0.0) for prediction in predictions]
-        _add(table, collective.value, sizes, lambda size: figure(size / GB))
+        _add(table, collective.value, sizes, lambda size: figure(size / length))
 
 
 def _add_time(table: Table, predictions: list[Prediction]) -> None:
     times = [prediction.time for prediction in predictions]
     if not any(times):
         return
+    longest = max(time.step for time in times if time)
+    unit, length = ("s", 1.0) if longest >= 1 else ("ms", 1e-3)
     table.add_section()
-    table.add_row("[bold]step, seconds")
+    table.add_row(f"[bold]step, {unit}")
     parts: dict[str, Callable[[StepTime], float]] = {
         "computing": lambda time: time.compute,
         "communication": lambda time: time.communication,
@@ -116,7 +135,7 @@ def _add_time(table: Table, predictions: list[Prediction]) -> None:
         "all": lambda time: time.step,
     }
     for name, part in parts.items():
-        _add(table, name, _of(times, part), figure)
+        _add(table, name, _of(times, part), lambda seconds: figure(seconds / length))
     _add(table, "efficiency, %", _of(times, lambda time: 100 * time.efficiency), figure)
     _add(table, "tokens/s", _of(times, lambda time: time.tokens_per_s), figure)
     _add_budget(table, [prediction.budget for prediction in predictions])
@@ -130,7 +149,7 @@ def _add_budget(table: Table, budgets: list[Forecast | None]) -> None:
     table.add_section()
     table.add_row("[bold]budget")
     _add(table, "steps", _of(budgets, lambda budget: budget.steps), figure)
-    _add(table, "tokens", _of(budgets, lambda budget: budget.tokens), short)
+    _add(table, "tokens", _of(budgets, lambda budget: budget.tokens), figure)
     _add(table, f"time, {unit}", _of(budgets, lambda budget: budget.seconds), lambda s: figure(s / length))
     _add(table, "cost", _of(budgets, lambda budget: budget.cost or 0.0), figure)
 

@@ -152,14 +152,14 @@ def links_of(links: LinkConfig, utilisation: float) -> Links:
     return Links(within_node=within, between_nodes=between, to_host=host)
 
 
-def undeclared(hardware: HardwareConfig, precision: Precision) -> list[str]:
-    """Return the keys without which some back end has no time on this hardware."""
+def undeclared(hardware: HardwareConfig, precision: Precision, *, offload: bool) -> list[str]:
+    """Return the keys without which some back end has no time on this hardware; `offload` is one of them."""
     links, ranks = hardware.links, world(hardware.num_devices, hardware.links.devices_per_node)
     needed = {
         f"hardware.peak_tflops.{_peak_name(precision)}": getattr(hardware.peak_tflops, _peak_name(precision)),
         "hardware.links.within_node_gb_per_s": links.within_node_gb_per_s or ranks.per_node == 1,
         "hardware.links.between_nodes_gb_per_s": links.between_nodes_gb_per_s or ranks.num_nodes == 1,
-        "hardware.links.to_host_gb_per_s": links.to_host_gb_per_s,
+        "hardware.links.to_host_gb_per_s": links.to_host_gb_per_s or not offload,
     }
     return [key for key, value in needed.items() if not value]
 
