@@ -20,6 +20,7 @@ from ava_exp.training.scaling import (
     Assumptions,
     Prediction,
     StepTime,
+    fewest_devices,
     planned_precision,
     predict,
     undeclared,
@@ -68,7 +69,12 @@ def back_end_tables(config: RunConfig) -> Iterator[Table | str]:
             predict(config, back_end, assumptions, precision=precision, expert_parallel=number)
             for back_end in back_ends_of(hardware)
         ]
-        yield _table(title if number == 1 else f"{title}, experts divided among {number}", predictions, hardware)
+        fewest = [
+            fewest_devices(config, back_end, precision=precision, expert_parallel=number)
+            for back_end in back_ends_of(hardware)
+        ]
+        own_title = title if number == 1 else f"{title}, experts divided among {number}"
+        yield _table(own_title, predictions, fewest, hardware)
     yield from _assumed(hardware, precision, assumptions)
 
 
@@ -83,9 +89,9 @@ def _assumed(hardware: HardwareConfig, precision: Precision, assumptions: Assump
     )
 
 
-def _table(title: str, predictions: list[Prediction], hardware: HardwareConfig) -> Table:
+def _table(title: str, predictions: list[Prediction], fewest: list[int | None], hardware: HardwareConfig) -> Table:
     table = table_of(title, "of a rank", *(_heading(prediction.back_end) for prediction in predictions))
-    _add_memory(table, predictions, hardware)
+    _add_memory(table, predictions, fewest, hardware)
     _add_sent(table, predictions)
     _add_time(table, predictions)
     return table
@@ -95,7 +101,9 @@ def _heading(back_end: BackEnd) -> str:
     return back_end.value.replace("_", "\n")
 
 
-def _add_memory(table: Table, predictions: list[Prediction], hardware: HardwareConfig) -> None:
+def _add_memory(
+    table: Table, predictions: list[Prediction], fewest: list[int | None], hardware: HardwareConfig
+) -> None:
     table.add_row("[bold]memory, GiB")
     for field in fields(MemoryEstimate):
         sizes = [getattr(prediction.memory.device, field.name) for prediction in predictions]
@@ -106,6 +114,7 @@ def _add_memory(table: Table, predictions: list[Prediction], hardware: HardwareC
         limit = hardware.memory_gib * GIB
         marks = [FITS if prediction.memory.total <= limit else "no" for prediction in predictions]
         table.add_row(f"fits {hardware.memory_gib:g} GiB", *marks)
+        table.add_row("least devices", *("none" if number is None else f"{number:,}" for number in fewest))
     _add(table, "on the host", [prediction.memory.host for prediction in predictions], lambda size: figure(size / GIB))
 
 

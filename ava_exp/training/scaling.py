@@ -12,7 +12,7 @@ from ava_exp.config.machine import DeviceType, HardwareConfig, LinkConfig, Preci
 from ava_exp.config.model import MoEConfig
 from ava_exp.config.run import RunConfig
 from ava_exp.models.arithmetic import count_parameters, training_flops_per_token
-from ava_exp.models.backends import BackEnd, RankMemory, host_adam_seconds, rank_memory, sizes_of, transfers_of
+from ava_exp.models.backends import BackEnd, RankMemory, Sizes, host_adam_seconds, rank_memory, sizes_of, transfers_of
 from ava_exp.models.communication import (
     Collective,
     CommunicationTime,
@@ -21,10 +21,12 @@ from ava_exp.models.communication import (
     sent_by_collective,
     world,
 )
-from ava_exp.models.memory import estimate_memory
+from ava_exp.models.memory import MemoryEstimate, estimate_memory
 from ava_exp.training.forecast import Forecast, forecast
 
-GB = 1e9
+GB, GIB = 1e9, 2**30
+MOST_DEVICES = 1024
+"""As far as predictions are meant to go; `hardware.num_devices` may be more."""
 NATIVE_BF16 = 8.0
 """Compute capability from which a CUDA device multiplies bf16; before it, `precision=auto` takes fp16."""
 
@@ -79,19 +81,7 @@ def predict(
     hardware = config.hardware
     assert hardware.num_devices % expert_parallel == 0 and (hardware.num_devices == 1 or back_end is not BackEnd.single)
     ranks = world(hardware.num_devices, hardware.links.devices_per_node)
-    batch_size, length = config.training.batch_size or hardware.batch_size, config.data.sequence_length
-    recompute = config.training.recompute
-    sizes = sizes_of(
-        config.architecture, precision=precision, batch_size=batch_size, sequence_length=length, recompute=recompute
-    )
-    whole = estimate_memory(
-        config.architecture,
-        precision=precision,
-        batch_size=batch_size,
-        sequence_length=length,
-        recompute=recompute,
-        on_cpu=hardware.device in (DeviceType.auto, DeviceType.cpu),
-    )
+    sizes, whole = _sizes(config, precision), _memory_of_one(config, precision)
     transfers = transfers_of(
         back_end,
         sizes,
@@ -116,6 +106,45 @@ def predict(
         sent=sent_by_collective(transfers),
         time=time,
         budget=time and forecast(config, count_parameters(config.architecture), time.tokens_per_s),
+    )
+
+
+def fewest_devices(
+    config: RunConfig, back_end: BackEnd, *, precision: Precision, expert_parallel: int = 1
+) -> int | None:
+    """Return how many of these devices hold the run: `expert_parallel` of them or 2, 4, 8 … times as many.
+
+    None where `MOST_DEVICES` do not, or the memory of one is not declared.
+    """
+    hardware, number = config.hardware, expert_parallel
+    sizes, whole = _sizes(config, precision), _memory_of_one(config, precision)
+    while hardware.memory_gib is not None and number <= MOST_DEVICES:
+        ranks = world(number, hardware.links.devices_per_node)
+        memory = rank_memory(back_end, whole, sizes, ranks, expert_parallel=expert_parallel)
+        if memory.total <= hardware.memory_gib * GIB:
+            return number
+        number *= 2
+    return None
+
+
+def _sizes(config: RunConfig, precision: Precision) -> Sizes:
+    return sizes_of(
+        config.architecture,
+        precision=precision,
+        batch_size=config.training.batch_size or config.hardware.batch_size,
+        sequence_length=config.data.sequence_length,
+        recompute=config.training.recompute,
+    )
+
+
+def _memory_of_one(config: RunConfig, precision: Precision) -> MemoryEstimate:
+    return estimate_memory(
+        config.architecture,
+        precision=precision,
+        batch_size=config.training.batch_size or config.hardware.batch_size,
+        sequence_length=config.data.sequence_length,
+        recompute=config.training.recompute,
+        on_cpu=config.hardware.device in (DeviceType.auto, DeviceType.cpu),
     )
 
 
