@@ -16,6 +16,7 @@ class DeviceType(Enum):
     cpu = "cpu"
     cuda = "cuda"
     mps = "mps"
+    tpu = "tpu"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -36,7 +37,8 @@ class LinkConfig:
     Data sheets give both directions together, so half of theirs: NVLink and PCIe of [nvidia2017volta],
     [nvidia2018turing], [nvidia2020ampere], [nvidia2021ga102], [nvidia2022hopper], [nvidia2022ada], [nvidia2023h200].
     Between nodes it is the network of the maker's own system of eight devices, divided by eight. Devices without NVLink
-    between all of a node reach their peers over PCIe, whatever bridges pairs of them may have.
+    between all of a node reach their peers over PCIe, whatever bridges pairs of them may have. A TPU reaches all others
+    over its six links [jouppi2023tpuv4].
     """
 
     devices_per_node: int = 8

@@ -60,7 +60,7 @@ def build_decoder(config: RunConfig, runtime: Runtime, precision: Precision | No
 def build_trained_decoder(config: RunConfig, runtime: Runtime) -> Decoder:
     """Build the model as it is trained. Raises ConfigError where the device cannot do what `training` asks for."""
     training = config.training
-    raise_if_fatal(offload_faults(DeviceType(runtime.device.type), training.offload_activations))
+    raise_if_fatal(offload_faults(DeviceType(runtime.resolution.device), training.offload_activations))
     model = build_decoder(config, runtime)
     model.recompute, model.offload_activations = training.recompute, training.offload_activations
     if training.compile:
