@@ -58,11 +58,18 @@ HOST_ADAM_PARAMETERS_PER_S = 4e9
 """Of one node: [ren2021zerooffload] takes 2.6 s for 10 B parameters on two processors of 24 cores."""
 
 
+SUM_BYTES = 4
+"""Of a gradient that DDP adds up over ranks: fp32, whatever the weights are (`parallel/strategy.py`)."""
+BUCKET_BYTES = 25 * 2**20
+"""Of gradients that DDP adds up at once: `bucket_cap_mb` where nothing is said, unless one tensor is larger."""
+
+
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Sizes:
     """What back ends divide and send of a model: numbers of parameters, and bytes of each.
 
     `outside` is those outside of blocks, which FSDP2 gathers once for a micro-batch; `layer` those of one block.
+    `weight_bytes` is also that of a gradient in the backward pass.
     `visits_bytes` is what goes to all experts in one micro-batch, of all layers, once and in one direction, and
     `num_crossings` how often it does: forth and back, in the forward and in the backward pass.
     """
@@ -73,7 +80,6 @@ class Sizes:
     layer: int
     layer_experts: int
     weight_bytes: int
-    gradient_bytes: int
     visits_bytes: float = 0.0
     num_crossings: int = 4
     num_sparse_layers: int = 0
@@ -107,7 +113,6 @@ def sizes_of(
         layer=layer_parameters(breakdown, num_layers),
         layer_experts=experts // num_layers,
         weight_bytes=weight_bytes,
-        gradient_bytes=weight_bytes,
         visits_bytes=visits * model.hidden_size * weight_bytes,
         num_crossings=4 if recompute is Recompute.none else 6,
         num_sparse_layers=num_sparse_layers(model, architecture.sparsity),
@@ -146,9 +151,9 @@ def _of_parameters(
     def transfer(collective: Collective, num_bytes: int, times: int, beside: Work) -> Transfer:
         return Transfer(collective=collective, payload=num_bytes, times=times, group=group, beside=beside)
 
-    weights, gradients = number * sizes.weight_bytes, number * sizes.gradient_bytes
+    weights = gradients = number * sizes.weight_bytes
     if back_end is BackEnd.ddp:
-        yield transfer(Collective.all_reduce, gradients, 1, Work.backward)
+        yield transfer(Collective.all_reduce, number * SUM_BYTES, 1, Work.backward)
     elif back_end in (BackEnd.zero1, BackEnd.zero2):
         often = 1 if back_end is BackEnd.zero1 else num_micro_batches
         yield transfer(Collective.reduce_scatter, gradients, often, Work.backward)
@@ -216,22 +221,24 @@ def _state(whole: MemoryEstimate, share: float) -> MemoryEstimate:
 def _buffers(back_end: BackEnd, sizes: Sizes, num_ranks: int, expert_parallel: int) -> float:
     """Return the bytes that a rank needs beside its share.
 
-    DDP has a second copy of the gradients in its buckets [li2020ddp]. FSDP2 has the weights outside of blocks whole,
-    of two blocks while one is computed and the next arrives, and the gradients of a block as they are scattered.
-    DeepSpeed has a bucket of gradients and, where it divides the weights, as many whole as may live.
+    DDP has its gradients in the buckets that it adds up [li2020ddp], and of those narrower than the sum one bucket as
+    it is added up. FSDP2 has weights and gradients whole: those outside of blocks, and of two blocks, where one is
+    computed while the other arrives or leaves. DeepSpeed has a bucket of gradients and, where it divides the weights,
+    as many whole as may live.
     """
     if num_ranks == 1:
         return 0.0
     local, layer = sizes.local(expert_parallel), sizes.local_layer(expert_parallel)
-    weight, gradient = sizes.weight_bytes, sizes.gradient_bytes
+    weight = sizes.weight_bytes
     crossing = 0.0
     if expert_parallel > 1:
         crossing = 2 * sizes.visits_bytes / max(1, sizes.num_sparse_layers)
     if back_end is BackEnd.ddp:
-        return crossing + local * gradient
-    bucket = min(local, REDUCE_BUCKET_PARAMETERS) * gradient
+        largest = max(BUCKET_BYTES / weight, layer, sizes.outside)
+        return crossing + (SUM_BYTES * min(local, largest) if weight < SUM_BYTES else 0)
+    bucket = min(local, REDUCE_BUCKET_PARAMETERS) * weight
     if back_end in (BackEnd.zero1, BackEnd.zero2):
         return crossing + bucket
     if back_end is BackEnd.fsdp2:
-        return crossing + (sizes.outside + 2 * layer) * weight + layer * (weight + gradient)
+        return crossing + 2 * (sizes.outside + 2 * layer) * weight
     return crossing + min(local, max(LIVE_PARAMETERS, layer)) * weight + bucket
