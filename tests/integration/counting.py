@@ -8,7 +8,6 @@ the step, how often each is called, and the bytes of this rank's weights, gradie
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
@@ -25,6 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ava_exp.config.compose import compose
 from ava_exp.models.decoder import Decoder, build_model
+from ava_exp.optim.update import Updater
+from ava_exp.parallel.ranks import Ranks
+from ava_exp.parallel.strategy import Alone, DataParallel
 
 BATCH_SIZE, LENGTH = 2, 32
 PAYLOADS = {
@@ -66,14 +68,17 @@ class WithLoss(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1).float(), ids_BT.flatten())
 
 
-def wrapped(module: WithLoss, back_end: str) -> nn.Module:
-    """Return the module as the back end has it."""
-    if back_end == "ddp":
-        return DistributedDataParallel(module)
-    for block in module.decoder.blocks:
-        fully_shard(block)
-    fully_shard(module)
-    return module
+def spread(module: WithLoss, back_end: str, ranks: Ranks) -> Alone:
+    """Return how the back end trains the module: `ddp` as runs do it, `fsdp2` as torch has it."""
+    if back_end == "fsdp2":
+        for block in module.decoder.blocks:
+            fully_shard(block)
+        fully_shard(module)
+    updater = Updater(module.decoder, torch.optim.AdamW, weight_decay=0.0, master_weights=False)
+    if back_end == "fsdp2":
+        return Alone(module, updater)
+    wrapped = DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DataParallel(wrapped, updater, ranks)
 
 
 def local_bytes(tensors: Any) -> int:
@@ -94,22 +99,24 @@ def main(
         distributed.init_process_group("gloo", init_method=address, rank=int(rank), world_size=int(num_ranks))
     torch.manual_seed(0)
     decoder = build_model(compose(["~local", *overrides]).architecture)
-    model = wrapped(WithLoss(decoder.to(getattr(torch, dtype))), back_end)
-    optimizer = torch.optim.AdamW(model.parameters())
+    ranks = Ranks(rank=int(rank), num_ranks=int(num_ranks))
+    strategy = spread(WithLoss(decoder.to(getattr(torch, dtype))), back_end, ranks)
     ids = torch.randint(decoder.config.vocab_size, (int(accumulation), BATCH_SIZE, LENGTH))
     counting = Counting()
     with counting:
-        for index, ids_BT in enumerate(ids):
-            waits = back_end == "ddp" and index < len(ids) - 1
-            with model.no_sync() if waits else contextlib.nullcontext():  # type: ignore[operator]
-                model(ids_BT).backward()
+        for number, ids_BT in enumerate(ids, start=1):
+            with strategy.accumulate(is_last=number == len(ids)):
+                strategy.objective(ids_BT).backward()
+    parameters = list(decoder.parameters())
+    gradients = local_bytes(parameter.grad for parameter in parameters)
+    optimizer = strategy.updater.optimizer
     optimizer.step()
     states = [value for state in optimizer.state.values() for value in state.values() if value.dim()]
     found = {
         "payload": counting.payload,
         "calls": counting.calls,
-        "weights": local_bytes(model.parameters()),
-        "gradients": local_bytes(parameter.grad for parameter in model.parameters()),
+        "weights": local_bytes(parameters),
+        "gradients": gradients,
         "optimizer": local_bytes(states),
     }
     if address != "fake":
