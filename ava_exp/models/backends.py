@@ -190,11 +190,20 @@ class RankMemory:
 
 
 def rank_memory(
-    back_end: BackEnd, whole: MemoryEstimate, sizes: Sizes, ranks: Group, *, expert_parallel: int = 1
+    back_end: BackEnd,
+    whole: MemoryEstimate,
+    sizes: Sizes,
+    ranks: Group,
+    *,
+    expert_parallel: int = 1,
+    num_micro_batches: int = 1,
 ) -> RankMemory:
     """Divide the memory of one device that has everything, and add the buffers of the back end."""
     offload = back_end is BackEnd.zero3_offload
-    stage, buffers = STAGE_OF[back_end], round(_buffers(back_end, sizes, ranks.num_ranks, expert_parallel))
+    stage = STAGE_OF[back_end]
+    buffers = 0.0
+    if ranks.num_ranks > 1:
+        buffers = _buffers(back_end, sizes, expert_parallel, accumulates=num_micro_batches > 1)
 
     def divided(parameters: float, num_ranks: int) -> ZeroMemory:
         part = _state(whole, parameters / sizes.parameters)
@@ -205,7 +214,7 @@ def rank_memory(
     device = dataclasses.replace(
         whole, **{name: getattr(common.device, name) + getattr(experts.device, name) for name in STATE}
     )
-    return RankMemory(device=device, buffers=buffers, host=common.host + experts.host)
+    return RankMemory(device=device, buffers=round(buffers), host=common.host + experts.host)
 
 
 STATE = ("weights", "master_weights", "gradients", "optimizer")
@@ -218,16 +227,14 @@ def _state(whole: MemoryEstimate, share: float) -> MemoryEstimate:
     return dataclasses.replace(whole, **state, activations=0, logits=0, snapshot=0, process=0)
 
 
-def _buffers(back_end: BackEnd, sizes: Sizes, num_ranks: int, expert_parallel: int) -> float:
+def _buffers(back_end: BackEnd, sizes: Sizes, expert_parallel: int, *, accumulates: bool) -> float:
     """Return the bytes that a rank needs beside its share.
 
-    DDP has its gradients in the buckets that it adds up [li2020ddp], and of those narrower than the sum one bucket as
-    it is added up. FSDP2 has weights and gradients whole: those outside of blocks, and of two blocks, where one is
-    computed while the other arrives or leaves. DeepSpeed has a bucket of gradients and, where it divides the weights,
-    as many whole as may live.
+    DDP has its gradients in the buckets that it adds up [li2020ddp], but those that wait for a later micro-batch beside
+    them; and one bucket as it is added up, where the sum is wider. FSDP2 has weights and gradients whole: those outside
+    of blocks, and of two blocks, where one is computed while the other arrives or leaves. DeepSpeed has a bucket of
+    gradients and, where it divides the weights, as many whole as may live.
     """
-    if num_ranks == 1:
-        return 0.0
     local, layer = sizes.local(expert_parallel), sizes.local_layer(expert_parallel)
     weight = sizes.weight_bytes
     crossing = 0.0
@@ -235,7 +242,8 @@ def _buffers(back_end: BackEnd, sizes: Sizes, num_ranks: int, expert_parallel: i
         crossing = 2 * sizes.visits_bytes / max(1, sizes.num_sparse_layers)
     if back_end is BackEnd.ddp:
         largest = max(BUCKET_BYTES / weight, layer, sizes.outside)
-        return crossing + (SUM_BYTES * min(local, largest) if weight < SUM_BYTES else 0)
+        waiting = local * weight if accumulates else 0
+        return crossing + waiting + (SUM_BYTES * min(local, largest) if weight < SUM_BYTES else 0)
     bucket = min(local, REDUCE_BUCKET_PARAMETERS) * weight
     if back_end in (BackEnd.zero1, BackEnd.zero2):
         return crossing + bucket

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from typing import TypeVar
 
@@ -167,7 +167,7 @@ def _of(values: list[T | None], part: Callable[[T], float]) -> list[float | None
     return [None if value is None else part(value) for value in values]
 
 
-def _add(table: Table, name: str, values: list[float | None], text: Callable[[float], str]) -> None:
+def _add(table: Table, name: str, values: Sequence[float | None], text: Callable[[float], str]) -> None:
     """Add a row unless it has nothing to say; what is zero or unknown stays empty."""
     if any(values):
         table.add_row(name, *(text(value) if value else "" for value in values))

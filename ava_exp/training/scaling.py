@@ -82,30 +82,40 @@ def predict(
     assert hardware.num_devices % expert_parallel == 0 and (hardware.num_devices == 1 or back_end is not BackEnd.single)
     ranks = world(hardware.num_devices, hardware.links.devices_per_node)
     sizes, whole = _sizes(config, precision), _memory_of_one(config, precision)
+    num_micro_batches = config.training.gradient_accumulation_steps
     transfers = transfers_of(
         back_end,
         sizes,
         ranks,
         expert_parallel=expert_parallel,
-        num_micro_batches=config.training.gradient_accumulation_steps,
+        num_micro_batches=num_micro_batches,
     )
+    micro_batch = micro_batch_seconds(config, precision, assumptions.mfu)
     time = None
-    if micro_batch := micro_batch_seconds(config, precision, assumptions.mfu):
+    if micro_batch is not None:
         communication = communication_time(
             transfers,
             links_of(hardware.links, assumptions.link_utilisation),
             micro_batch_seconds=micro_batch,
             overlap=assumptions.overlap,
         )
-        time = communication and _step_time(
-            config, micro_batch, communication, host_adam_seconds(back_end, sizes, ranks)
-        )
+        if communication is not None:
+            host = host_adam_seconds(back_end, sizes, ranks)
+            time = _step_time(config, micro_batch, communication, host)
+    budget = None if time is None else forecast(config, count_parameters(config.architecture), time.tokens_per_s)
     return Prediction(
         back_end=back_end,
-        memory=rank_memory(back_end, whole, sizes, ranks, expert_parallel=expert_parallel),
+        memory=rank_memory(
+            back_end,
+            whole,
+            sizes,
+            ranks,
+            expert_parallel=expert_parallel,
+            num_micro_batches=num_micro_batches,
+        ),
         sent=sent_by_collective(transfers),
         time=time,
-        budget=time and forecast(config, count_parameters(config.architecture), time.tokens_per_s),
+        budget=budget,
     )
 
 
@@ -120,7 +130,14 @@ def fewest_devices(
     sizes, whole = _sizes(config, precision), _memory_of_one(config, precision)
     while hardware.memory_gib is not None and number <= MOST_DEVICES:
         ranks = world(number, hardware.links.devices_per_node)
-        memory = rank_memory(back_end, whole, sizes, ranks, expert_parallel=expert_parallel)
+        memory = rank_memory(
+            back_end,
+            whole,
+            sizes,
+            ranks,
+            expert_parallel=expert_parallel,
+            num_micro_batches=config.training.gradient_accumulation_steps,
+        )
         if memory.total <= hardware.memory_gib * GIB:
             return number
         number *= 2
@@ -150,11 +167,11 @@ def _memory_of_one(config: RunConfig, precision: Precision) -> MemoryEstimate:
 
 def micro_batch_seconds(config: RunConfig, precision: Precision, mfu: float) -> float | None:
     """Return how long one device computes for one micro-batch; None where it declares no peak in that format."""
-    peak = getattr(config.hardware.peak_tflops, _peak_name(precision))
+    peak: float | None = getattr(config.hardware.peak_tflops, _peak_name(precision))
     if peak is None:
         return None
     tokens = (config.training.batch_size or config.hardware.batch_size) * config.data.sequence_length
-    flops: float = tokens * training_flops_per_token(config.architecture, config.data.sequence_length)
+    flops = tokens * training_flops_per_token(config.architecture, config.data.sequence_length)
     return flops / (mfu * peak * 1e12)
 
 

@@ -1,9 +1,10 @@
 """One step of a small model on one of several ranks, with every collective counted: a program for the tests.
 
-    python -m tests.integration.counting ADDRESS RANK NUM_RANKS BACK_END FORMAT ACCUMULATION OVERRIDE…
+    python -m tests.integration.counting ADDRESS RANK NUM_RANKS BACK_END PRECISION ACCUMULATION OVERRIDE…
 
 An ADDRESS of `fake` needs no other rank: its collectives change nothing. Prints JSON: payload bytes by collective of
-the step, how often each is called, and the bytes of this rank's weights, gradients and states of Adam after it.
+the step, how often each is called, the bytes of this rank's weights, gradients and states of Adam after it, and the
+most that tensors took at a time in a step.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 from collections import Counter
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,15 +24,19 @@ from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import ProfilerActivity, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ava_exp.config.compose import compose
+from ava_exp.config.machine import Precision
 from ava_exp.models.decoder import Decoder, build_model
 from ava_exp.optim.update import Updater
 from ava_exp.parallel.ranks import Ranks
 from ava_exp.parallel.strategy import Alone, DataParallel
+from ava_exp.runtime import DTYPES
 
 BATCH_SIZE, LENGTH = 2, 32
+STEP = "the step that counts"
 PAYLOADS = {
     "allreduce_": ("all-reduce", 0),
     "_reduce_scatter_base_": ("reduce-scatter", 1),
@@ -68,13 +76,13 @@ class WithLoss(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1).float(), ids_BT.flatten())
 
 
-def spread(module: WithLoss, back_end: str, ranks: Ranks) -> Alone:
+def spread(module: WithLoss, back_end: str, ranks: Ranks, *, mixed: bool) -> Alone:
     """Return how the back end trains the module: `ddp` as runs do it, `fsdp2` as torch has it."""
     if back_end == "fsdp2":
         for block in module.decoder.blocks:
             fully_shard(block)
         fully_shard(module)
-    updater = Updater(module.decoder, torch.optim.AdamW, weight_decay=0.0, master_weights=False)
+    updater = Updater(module.decoder, partial(torch.optim.AdamW, fused=True), weight_decay=0.0, master_weights=mixed)
     if back_end == "fsdp2":
         return Alone(module, updater)
     wrapped = DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -87,8 +95,14 @@ def local_bytes(tensors: Any) -> int:
     return sum(part.nbytes for part in parts)
 
 
+def _backward(strategy: Alone, ids: Tensor) -> None:
+    for number, ids_BT in enumerate(ids, start=1):
+        with strategy.accumulate(is_last=number == len(ids)):
+            strategy.objective(ids_BT).backward()
+
+
 def main(
-    address: str, rank: str, num_ranks: str, back_end: str, dtype: str, accumulation: str, *overrides: str
+    address: str, rank: str, num_ranks: str, back_end: str, precision: str, accumulation: str, *overrides: str
 ) -> None:
     torch.set_num_threads(1)
     if address == "fake":
@@ -98,31 +112,54 @@ def main(
     else:
         distributed.init_process_group("gloo", init_method=address, rank=int(rank), world_size=int(num_ranks))
     torch.manual_seed(0)
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profile:
+        found = measured(int(rank), int(num_ranks), back_end, Precision(precision), int(accumulation), overrides)
+    found["peak"] = most_allocated(profile)
+    if address != "fake":
+        distributed.barrier()
+    print(json.dumps(found), flush=True)
+    os._exit(0)  # gloo's threads now and then abort a process that ends in the usual way
+
+
+def measured(
+    rank: int, num_ranks: int, back_end: str, precision: Precision, accumulation: int, overrides: tuple[str, ...]
+) -> dict[str, Any]:
+    """Make a step that does not count, and one that does."""
     decoder = build_model(compose(["~local", *overrides]).architecture)
-    ranks = Ranks(rank=int(rank), num_ranks=int(num_ranks))
-    strategy = spread(WithLoss(decoder.to(getattr(torch, dtype))), back_end, ranks)
-    ids = torch.randint(decoder.config.vocab_size, (int(accumulation), BATCH_SIZE, LENGTH))
-    counting = Counting()
-    with counting:
-        for number, ids_BT in enumerate(ids, start=1):
-            with strategy.accumulate(is_last=number == len(ids)):
-                strategy.objective(ids_BT).backward()
-    parameters = list(decoder.parameters())
-    gradients = local_bytes(parameter.grad for parameter in parameters)
+    strategy = spread(
+        WithLoss(decoder.to(DTYPES[precision])),
+        back_end,
+        Ranks(rank=rank, num_ranks=num_ranks),
+        mixed=precision is Precision.mixed_bf16,
+    )
+    ids = torch.randint(decoder.config.vocab_size, (accumulation, BATCH_SIZE, LENGTH))
     optimizer = strategy.updater.optimizer
+    _backward(strategy, ids)
     optimizer.step()
+    optimizer.zero_grad()
+    with record_function(STEP), Counting() as counting:
+        _backward(strategy, ids)
+    parameters = list(decoder.parameters())
+    gradients = local_bytes(weight.grad for weight in strategy.updater.weights.values())
     states = [value for state in optimizer.state.values() for value in state.values() if value.dim()]
-    found = {
+    return {
         "payload": counting.payload,
         "calls": counting.calls,
         "weights": local_bytes(parameters),
         "gradients": gradients,
         "optimizer": local_bytes(states),
     }
-    if address != "fake":
-        distributed.barrier()
-    print(json.dumps(found), flush=True)
-    os._exit(0)  # gloo's threads now and then abort a process that ends in the usual way
+
+
+def most_allocated(profile: torch.profiler.profile) -> int:
+    """Return the most bytes that tensors took at a time in the step that counts."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    (started,) = [event["ts"] for event in events if event["name"] == STEP and event.get("cat") == "user_annotation"]
+    later = [event for event in events if event["name"] == "[memory]" and event["ts"] >= started]
+    return max(int(event["args"]["Total Allocated"]) for event in later)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 WITHIN = 0.1
 MODEL = ("model=debug", "model.num_layers=4", "model.vocab_size=1024")
 DENSE = (*MODEL, "sparsity=dense")
-FORMATS = {"float32": Precision.fp32, "bfloat16": Precision.bf16}
+LARGER = ("model.hidden_size=384", "model.num_heads=6", "model.intermediate_size=1024", "model.num_layers=3")
+"""Large enough for weights to count more than what a step does with few tokens."""
 
 
 def counted(address: str, num_ranks: int, *arguments: str) -> list[dict[str, Any]]:
@@ -76,7 +77,7 @@ def compare(found: dict[str, Any], back_end: BackEnd, num_ranks: int, precision:
 def test_two_ranks_send_what_is_predicted(
     tmp_path: Path, back_end: BackEnd, accumulation: int, overrides: tuple[str, ...]
 ) -> None:
-    arguments = (back_end.value, "float32", str(accumulation), *overrides)
+    arguments = (back_end.value, "fp32", str(accumulation), *overrides)
     both = counted(f"file://{tmp_path}/meeting", 2, *arguments)
     assert both[0]["payload"] == both[1]["payload"]
     for found in both:
@@ -86,7 +87,21 @@ def test_two_ranks_send_what_is_predicted(
 @pytest.mark.parametrize("back_end", [BackEnd.ddp, BackEnd.fsdp2])
 def test_eight_ranks_would_send_what_is_predicted(back_end: BackEnd) -> None:
     """In 16 bits, and with collectives that do nothing: one rank tells what all are asked for."""
-    (found,) = counted("fake", 8, back_end.value, "bfloat16", "3", *MODEL)
+    (found,) = counted("fake", 8, back_end.value, "bf16", "3", *MODEL)
     compare(found, back_end, 8, Precision.bf16, 3, MODEL)
     number = {BackEnd.ddp: 1, BackEnd.fsdp2: 3 * (5 + 4 + 5)}[back_end]
     assert back_end is BackEnd.ddp or sum(found["calls"].values()) == number
+
+
+@pytest.mark.parametrize("precision", [Precision.fp32, Precision.mixed_bf16])
+@pytest.mark.parametrize("back_end", [BackEnd.ddp, BackEnd.fsdp2])
+def test_a_step_takes_the_memory_that_is_predicted(back_end: BackEnd, precision: Precision) -> None:
+    """The most bytes of tensors at a time, buffers of the back end among them, on one of eight ranks."""
+    overrides = (*MODEL, *LARGER)
+    (found,) = counted("fake", 8, back_end.value, precision.value, "2", *overrides)
+    architecture = compose(["~local", *overrides]).architecture
+    shape = {"precision": precision, "batch_size": BATCH_SIZE, "sequence_length": LENGTH}
+    whole = estimate_memory(architecture, on_cpu=False, **shape)
+    sizes = sizes_of(architecture, recompute=Recompute.none, **shape)
+    memory = rank_memory(back_end, whole, sizes, world(8, 8), num_micro_batches=2)
+    assert found["peak"] == pytest.approx(memory.total, rel=WITHIN)

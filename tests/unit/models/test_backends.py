@@ -120,6 +120,13 @@ def test_sums_in_the_format_of_the_gradients_need_no_room() -> None:
     assert rank_memory(BackEnd.ddp, WHOLE, dataclasses.replace(SIZES, weight_bytes=4), FOUR).buffers == 0
 
 
+def test_gradients_wait_beside_their_buckets() -> None:
+    once, twice = (rank_memory(BackEnd.ddp, WHOLE, SIZES, FOUR, num_micro_batches=n).buffers for n in (1, 2))
+    assert twice - once == 24_000
+    once, twice = (rank_memory(BackEnd.fsdp2, WHOLE, SIZES, FOUR, num_micro_batches=n).buffers for n in (1, 2))
+    assert twice == once
+
+
 def test_state_is_that_of_the_stage() -> None:
     """Without experts divided, a rank's share is what `zero.divide` says."""
     for back_end, stage in ((BackEnd.ddp, 0), (BackEnd.zero1, 1), (BackEnd.zero2, 2), (BackEnd.fsdp2, 3)):

@@ -56,7 +56,7 @@ def test_back_ends_stand_side_by_side(command_line: CommandLine, monkeypatch: py
     whole, divided = rows(text, "weights")
     assert whole == ["6,229", "195", "6,229", "6,229", "195", "195"]
     assert divided[0] == "987"
-    assert rows(text, "all-reduce")[0] == [figure(2 * 31 / 32 * 2 * 3344.1045504), "", "", "", "", ""]
+    assert rows(text, "all-reduce")[0] == [figure(2 * 31 / 32 * 4 * 3344.1045504), "", "", "", "", ""]
     assert len(rows(text, "all-to-all")) == 1
     assert rows(text, "fits 141 GiB") == [["no"] * 6] * 2
     assert float(rows(text, "efficiency, %")[0][-1]) < 90
