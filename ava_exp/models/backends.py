@@ -59,7 +59,7 @@ HOST_ADAM_PARAMETERS_PER_S = 4e9
 
 
 SUM_BYTES = 4
-"""Of a gradient that DDP adds up over ranks: fp32, whatever the weights are (`parallel/strategy.py`)."""
+"""Of a gradient that DDP and FSDP2 add up over ranks: fp32, whatever the weights are (`ava_exp/parallel/`)."""
 BUCKET_BYTES = 25 * 2**20
 """Of gradients that DDP adds up at once: `bucket_cap_mb` where nothing is said, unless one tensor is larger."""
 
@@ -162,7 +162,10 @@ def _of_parameters(
         again = weights - (outside * sizes.weight_bytes if back_end is BackEnd.fsdp2 else 0)
         yield transfer(Collective.all_gather, weights, num_micro_batches, Work.forward)
         yield transfer(Collective.all_gather, again, num_micro_batches, Work.backward)
-        yield transfer(Collective.reduce_scatter, gradients, num_micro_batches, Work.backward)
+        if back_end is BackEnd.fsdp2:
+            yield transfer(Collective.reduce_scatter, number * SUM_BYTES, 1, Work.backward)
+        else:
+            yield transfer(Collective.reduce_scatter, gradients, num_micro_batches, Work.backward)
     if back_end is BackEnd.zero3_offload:
         yield transfer(Collective.host_copy, gradients // group.num_ranks, num_micro_batches, Work.backward)
         yield transfer(Collective.host_copy, weights // group.num_ranks, 1, Work.none)
@@ -201,6 +204,7 @@ def rank_memory(
     """Divide the memory of one device that has everything, and add the buffers of the back end."""
     offload = back_end is BackEnd.zero3_offload
     stage = STAGE_OF[back_end]
+    whole = _held_wide(whole, sizes.weight_bytes) if back_end is BackEnd.fsdp2 else whole
     buffers = 0.0
     if ranks.num_ranks > 1:
         buffers = _buffers(back_end, sizes, expert_parallel, accumulates=num_micro_batches > 1)
@@ -221,6 +225,13 @@ STATE = ("weights", "master_weights", "gradients", "optimizer")
 """Parts of the memory that do not depend on the batch."""
 
 
+def _held_wide(whole: MemoryEstimate, weight_bytes: int) -> MemoryEstimate:
+    """Return the memory where 16-bit copies are made of parts of the masters as they are gathered, and never kept."""
+    if not whole.master_weights:
+        return whole
+    return dataclasses.replace(whole, weights=0, gradients=whole.gradients * SUM_BYTES // (SUM_BYTES + weight_bytes))
+
+
 def _state(whole: MemoryEstimate, share: float) -> MemoryEstimate:
     """Return the state of a share of the parameters, and nothing of what belongs to a rank's own sequences."""
     state = {name: round(share * getattr(whole, name)) for name in STATE}
@@ -231,9 +242,10 @@ def _buffers(back_end: BackEnd, sizes: Sizes, expert_parallel: int, *, accumulat
     """Return the bytes that a rank needs beside its share.
 
     DDP has its gradients in the buckets that it adds up [li2020ddp], but those that wait for a later micro-batch beside
-    them; and one bucket as it is added up, where the sum is wider. FSDP2 has weights and gradients whole: those outside
-    of blocks, and of two blocks, where one is computed while the other arrives or leaves. DeepSpeed has a bucket of
-    gradients and, where it divides the weights, as many whole as may live.
+    them; and one bucket as it is added up, where the sum is wider. FSDP2 has whole what is outside of
+    blocks, weights and gradients; the weights of two blocks, where one is computed while the other arrives; and the
+    gradients of a block in fp32 as they leave. While it accumulates, all gradients wait in fp32, whole. DeepSpeed has
+    a bucket of gradients and, where it divides the weights, as many whole as may live.
     """
     local, layer = sizes.local(expert_parallel), sizes.local_layer(expert_parallel)
     weight = sizes.weight_bytes
@@ -248,5 +260,7 @@ def _buffers(back_end: BackEnd, sizes: Sizes, expert_parallel: int, *, accumulat
     if back_end in (BackEnd.zero1, BackEnd.zero2):
         return crossing + bucket
     if back_end is BackEnd.fsdp2:
-        return crossing + 2 * (sizes.outside + 2 * layer) * weight
+        if accumulates:
+            return crossing + local * SUM_BYTES + (sizes.outside + 3 * layer) * weight
+        return crossing + 2 * (sizes.outside + layer) * weight + layer * SUM_BYTES
     return crossing + min(local, max(LIVE_PARAMETERS, layer)) * weight + bucket

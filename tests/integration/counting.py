@@ -21,8 +21,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,6 +30,7 @@ from ava_exp.config.machine import Precision
 from ava_exp.models.decoder import Decoder, build_model
 from ava_exp.optim.update import Updater
 from ava_exp.parallel.ranks import Ranks
+from ava_exp.parallel.sharded import FullySharded, ShardedUpdater, shard
 from ava_exp.parallel.strategy import Alone, DataParallel
 from ava_exp.runtime import DTYPES
 
@@ -77,22 +76,20 @@ class WithLoss(nn.Module):
 
 
 def spread(module: WithLoss, back_end: str, ranks: Ranks, *, mixed: bool) -> Alone:
-    """Return how the back end trains the module: `ddp` as runs do it, `fsdp2` as torch has it."""
+    """Return how the back end trains the module, as runs do it."""
+    adamw, decoder = partial(torch.optim.AdamW, fused=True), module.decoder
     if back_end == "fsdp2":
-        for block in module.decoder.blocks:
-            fully_shard(block)
-        fully_shard(module)
-    updater = Updater(module.decoder, partial(torch.optim.AdamW, fused=True), weight_decay=0.0, master_weights=mixed)
-    if back_end == "fsdp2":
-        return Alone(module, updater)
+        shard(decoder, torch.device("cpu"), ranks, torch.bfloat16 if mixed else None)
+        parts = ShardedUpdater(decoder, adamw, weight_decay=0.0, master_weights=False, ranks=ranks)
+        return FullySharded(module, parts, decoder)
+    updater = Updater(decoder, adamw, weight_decay=0.0, master_weights=mixed)
     wrapped = DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
     return DataParallel(wrapped, updater, ranks)
 
 
 def local_bytes(tensors: Any) -> int:
     """Return the bytes of this rank's part."""
-    parts = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
-    return sum(part.nbytes for part in parts)
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def _backward(strategy: Alone, ids: Tensor) -> None:
@@ -126,12 +123,9 @@ def measured(
 ) -> dict[str, Any]:
     """Make a step that does not count, and one that does."""
     decoder = build_model(compose(["~local", *overrides]).architecture)
-    strategy = spread(
-        WithLoss(decoder.to(DTYPES[precision])),
-        back_end,
-        Ranks(rank=rank, num_ranks=num_ranks),
-        mixed=precision is Precision.mixed_bf16,
-    )
+    mixed = precision is Precision.mixed_bf16
+    dtype = torch.float32 if mixed and back_end == "fsdp2" else DTYPES[precision]
+    strategy = spread(WithLoss(decoder.to(dtype)), back_end, Ranks(rank=rank, num_ranks=num_ranks), mixed=mixed)
     ids = torch.randint(decoder.config.vocab_size, (accumulation, BATCH_SIZE, LENGTH))
     optimizer = strategy.updater.optimizer
     _backward(strategy, ids)
@@ -139,13 +133,13 @@ def measured(
     optimizer.zero_grad()
     with record_function(STEP), Counting() as counting:
         _backward(strategy, ids)
-    parameters = list(decoder.parameters())
-    gradients = local_bytes(weight.grad for weight in strategy.updater.weights.values())
+    weights = list(strategy.updater.weights.values())
+    gradients = local_bytes(weight.grad for weight in weights)
     states = [value for state in optimizer.state.values() for value in state.values() if value.dim()]
     return {
         "payload": counting.payload,
         "calls": counting.calls,
-        "weights": local_bytes(parameters),
+        "weights": local_bytes(weights),
         "gradients": gradients,
         "optimizer": local_bytes(states),
     }

@@ -60,7 +60,7 @@ def test_bytes_by_hand(accumulation: int) -> None:
         BackEnd.zero1: {scatter: ROUND * 24_000, gather: ROUND * 24_000},
         BackEnd.zero2: {scatter: often * ROUND * 24_000, gather: ROUND * 24_000},
         BackEnd.zero3: {scatter: often * ROUND * 24_000, gather: often * ROUND * 2 * 24_000},
-        BackEnd.fsdp2: {scatter: often * ROUND * 24_000, gather: often * ROUND * (2 * 24_000 - 2000)},
+        BackEnd.fsdp2: {scatter: ROUND * 48_000, gather: often * ROUND * (2 * 24_000 - 2000)},
     }
     for back_end, bytes_sent in expected.items():
         assert sent(back_end, accumulation=accumulation) == pytest.approx(bytes_sent), back_end
@@ -105,7 +105,7 @@ def test_one_rank_sends_nothing_to_others(back_end: BackEnd) -> None:
         (BackEnd.zero1, 24_000 + 12_000 + 72_000 + 24_000, 24_000),
         (BackEnd.zero2, 24_000 + 12_000 + 18_000 + 24_000, 24_000),
         (BackEnd.zero3, 6000 + 12_000 + 18_000 + 24_000, 24_000 + 24_000),
-        (BackEnd.fsdp2, 6000 + 12_000 + 18_000 + 24_000, 2 * 2 * (1000 + 2 * 2000)),
+        (BackEnd.fsdp2, 12_000 + 12_000 + 24_000, 2 * 2 * (1000 + 2000) + 4 * 2000),
         (BackEnd.zero3_offload, 6000 + 18_000, 24_000 + 24_000),
     ],
 )
@@ -123,13 +123,14 @@ def test_sums_in_the_format_of_the_gradients_need_no_room() -> None:
 def test_gradients_wait_beside_their_buckets() -> None:
     once, twice = (rank_memory(BackEnd.ddp, WHOLE, SIZES, FOUR, num_micro_batches=n).buffers for n in (1, 2))
     assert twice - once == 24_000
-    once, twice = (rank_memory(BackEnd.fsdp2, WHOLE, SIZES, FOUR, num_micro_batches=n).buffers for n in (1, 2))
+    assert rank_memory(BackEnd.fsdp2, WHOLE, SIZES, FOUR, num_micro_batches=2).buffers == 48_000 + 2 * (1000 + 6000)
+    once, twice = (rank_memory(BackEnd.zero2, WHOLE, SIZES, FOUR, num_micro_batches=n).buffers for n in (1, 2))
     assert twice == once
 
 
 def test_state_is_that_of_the_stage() -> None:
     """Without experts divided, a rank's share is what `zero.divide` says."""
-    for back_end, stage in ((BackEnd.ddp, 0), (BackEnd.zero1, 1), (BackEnd.zero2, 2), (BackEnd.fsdp2, 3)):
+    for back_end, stage in ((BackEnd.ddp, 0), (BackEnd.zero1, 1), (BackEnd.zero2, 2), (BackEnd.zero3, 3)):
         share = divide(WHOLE, stage=stage, num_devices=4, layer_weights=0)
         assert rank_memory(back_end, WHOLE, SIZES, FOUR).device == share.device
 

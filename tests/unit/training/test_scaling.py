@@ -186,7 +186,7 @@ def test_every_preset_on_every_device_under_every_back_end(model: str) -> None:
             run = on(config, hardware, num_devices)
             found = _predictions(run)
             state = {end.value: found[end, 1].memory.device.total for end in BackEnd if (end, 1) in found}
-            assert state["ddp"] > state["zero1"] > state["zero2"] > state["zero3"] == state["fsdp2"]
+            assert state["ddp"] > state["zero1"] > state["zero2"] > state["zero3"] >= state["fsdp2"]
             declared = not undeclared(run.hardware, planned_precision(Precision.auto, run.hardware), offload=True)
             for prediction in found.values():
                 assert all(size > 0 for size in prediction.sent.values()) and prediction.sent
