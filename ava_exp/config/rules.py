@@ -17,8 +17,9 @@ from ava_exp.config.faults import Fault, Rule, Severity, error
 from ava_exp.config.launcher import SlurmLauncherConfig
 from ava_exp.config.machine import Precision
 from ava_exp.config.mod import DepthConfig
+from ava_exp.config.model import MoEConfig
 from ava_exp.config.run import RunConfig
-from ava_exp.config.stage import GenerateConfig, SurgeryConfig
+from ava_exp.config.stage import GenerateConfig, PlanConfig, SurgeryConfig
 from ava_exp.config.surgery import faults_of
 from ava_exp.config.training import AdamWConfig, Recompute, WSDConfig
 
@@ -180,6 +181,18 @@ def _compiled_blocks_are_recomputed_whole(config: RunConfig) -> Iterator[Fault]:
         yield error("training.recompute", "`none` or `full` with `training.compile`", training.recompute.value, mend)
 
 
+def _experts_divide_among_ranks(config: RunConfig) -> Iterator[Fault]:
+    number = config.stage.expert_parallel if isinstance(config.stage, PlanConfig) else None
+    if number is None or number < 1:
+        return
+    key, num_devices = "stage.expert_parallel", config.hardware.num_devices
+    num_experts = config.sparsity.num_experts if isinstance(config.sparsity, MoEConfig) else 1
+    if num_experts % number:
+        yield error(key, f"a divisor of the number of experts ({num_experts})", number)
+    elif num_devices % number:
+        yield error(key, f"a divisor of `hardware.num_devices` ({num_devices})", number)
+
+
 RULES: tuple[Rule, ...] = (
     _bounds,
     _numbers_are_finite,
@@ -195,6 +208,7 @@ RULES: tuple[Rule, ...] = (
     _only_bf16_rounds_stochastically,
     _compiled_blocks_are_not_skipped,
     _compiled_blocks_are_recomputed_whole,
+    _experts_divide_among_ranks,
     _what_is_cut_is_as_it_is,
     _nodes_are_shared_by_training,
     _single_is_one_task,
