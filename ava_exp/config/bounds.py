@@ -76,6 +76,9 @@ BOUNDS = (
             "stage.num_samples",
             "stage.max_tokens",
             "stage.sequence_length",
+            "sweep.num_parallel",
+            "sweep.optuna.num_trials",
+            "sweep.optuna.num_startup_trials",
         ),
     ),
     Bound(
@@ -156,6 +159,9 @@ BOUNDS = (
             "stage.expert",
             "stage.other",
             "stage.noise",
+            "sweep.max_retries",
+            "sweep.optuna.seed",
+            "sweep.optuna.num_warmup_evaluations",
         ),
     ),
     Bound(

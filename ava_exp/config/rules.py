@@ -18,6 +18,7 @@ from ava_exp.config.mod import DepthConfig
 from ava_exp.config.run import RunConfig
 from ava_exp.config.stage import GenerateConfig, SurgeryConfig
 from ava_exp.config.surgery import faults_of
+from ava_exp.config.sweep import sweep_faults
 from ava_exp.config.training import AdamWConfig, Recompute, WSDConfig
 
 SPECIAL_TOKENS = 8
@@ -147,6 +148,11 @@ def _compiled_blocks_are_recomputed_whole(config: RunConfig) -> Iterator[Fault]:
         yield error("training.recompute", "`none` or `full` with `training.compile`", training.recompute.value, mend)
 
 
+def _sweep_is_of_one_kind(config: RunConfig) -> Iterator[Fault]:
+    for key, expected, value in sweep_faults(config.sweep):
+        yield error(key, expected, value)
+
+
 RULES: tuple[Rule, ...] = (
     _bounds,
     _numbers_are_finite,
@@ -162,4 +168,5 @@ RULES: tuple[Rule, ...] = (
     _only_bf16_rounds_stochastically,
     _compiled_blocks_are_not_skipped,
     _compiled_blocks_are_recomputed_whole,
+    _sweep_is_of_one_kind,
 )

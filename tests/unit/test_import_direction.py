@@ -24,6 +24,7 @@ LAYERS = (
     {"training"},
     {"alignment", "control"},
     {"stages"},
+    {"sweeping"},
     {"cli", "__main__"},
 )
 """Parts of `ava_exp`, lowest first. A part imports from its own layer and from those below it."""
@@ -39,6 +40,7 @@ ONLY_IN = {
 MAY_TOUCH_THE_ENVIRONMENT = {
     "ava_exp/runtime.py",
     "ava_exp/cli.py",  # sets HYDRA_FULL_ERROR: Hydra has no other way to be told to raise
+    "ava_exp/sweeping/start.py",  # gives a point its GPU
     "ava_exp/tracking/mlflow_follower.py",  # sets what MLflow can be told in no other way
 }
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
