@@ -47,12 +47,13 @@ def define(
     Raises:
         ConfigError: the definition contradicts itself, or an override of it cannot be used.
     """
-    name, settings = _name(config, arguments), OmegaConf.to_object(config.sweep)
+    parsed = [composer.parse(text) for text in arguments]
+    name, settings = _name(config, filter(_is_setting, parsed)), OmegaConf.to_object(config.sweep)
     assert isinstance(settings, SweepConfig)
     raise_if_fatal(error(key, expected, actual) for key, expected, actual in sweep_faults(settings))
     where = f"in `{SWEEP_GROUP}={name}`: " if name != AD_HOC else ""
     _check(settings, where)
-    given = [text for text in arguments if not _is_setting(composer.parse(text))]
+    given = [text for text, override in zip(arguments, parsed, strict=True) if not _is_setting(override)]
     below = _axes([*settings.overrides, *_as_texts(settings.grid), *_as_texts(params)], composer)
     above = _axes(given, composer)
     points = [
@@ -78,11 +79,11 @@ def varying(points: Iterable[Sequence[str]], composer: PointComposer) -> list[di
     return [{key: point.get(key, "") for key in differing} for point in values]
 
 
-def _name(config: DictConfig, arguments: Sequence[str]) -> str:
+def _name(config: DictConfig, settings: Iterable[Override]) -> str:
     chosen = config.hydra.runtime.choices.get(SWEEP_GROUP)
-    several = [text for text in arguments if text.startswith(f"{SWEEP_GROUP}=") and text != f"{SWEEP_GROUP}={chosen}"]
-    if several and chosen is None:
-        raise ConfigError(f"`{several[0]}` must be the name of one file in `sweeps/`; sweeps run one at a time.")
+    several = [override for override in settings if override.is_sweep_override()]
+    if several:
+        raise ConfigError(f"`{several[0].input_line}`: a sweep is one at a time, and so is how it is run.")
     return str(chosen) if chosen is not None else AD_HOC
 
 

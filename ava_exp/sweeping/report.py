@@ -22,11 +22,11 @@ CAPTIONS = {
     "The darker, the better; the best are drawn on top.",
 }
 FORMULA = (
-    "Importance is the share of the objective's variance that lies between the values of a parameter, as epsilon squared: "
-    "with <i>n</i> finished points at <i>k</i> values, 1 − (<i>n</i> − 1) / (<i>n</i> − <i>k</i>) · "
-    "<i>S</i><sub>within</sub> / <i>S</i><sub>all</sub>, where <i>S</i> are sums of squared differences from the mean of "
-    "the points with the same value, and of all points; not below 0. It is the effect of one parameter alone: what only "
-    "two together explain is in neither. Numbers with many values are put into √<i>n</i> bins of equal size."
+    "Importance is the share of the objective's variance that lies between the values of a parameter, as epsilon "
+    "squared: with <i>n</i> finished points at <i>k</i> values, 1 − (<i>n</i> − 1) / (<i>n</i> − <i>k</i>) · "
+    "<i>S</i><sub>within</sub> / <i>S</i><sub>all</sub>, where <i>S</i> are sums of squared differences from the mean "
+    "of the points with the same value, and of all points; not below 0. It is the effect of one parameter alone: what "
+    "only two together explain is in neither. Numbers with many values are put into √<i>n</i> bins of equal size."
 )
 
 

@@ -67,7 +67,7 @@ def run_sweep(
         points, composed = _compose(definition, composer)
         record = _open_record(config, definition, points, composer)
     if not isinstance(points[0].config.stage, PretrainConfig):
-        return _run_here(definition, composed, task)
+        return _run_here(points, composed, task)
     try:
         with RunLock(record.root / "sweep.lock", IN_USE):
             return Sweep(definition, record, points, composer, start).run()
@@ -138,10 +138,10 @@ def _plain_settings(definition: Definition) -> dict[str, Any]:
     return asdict(definition.settings) | {"objective": definition.settings.objective.value}
 
 
-def _run_here(definition: Definition, composed: Sequence[DictConfig], task: TaskFunction) -> int:
-    """Run points of a stage that does not train."""
-    for number, (overrides, config) in enumerate(zip(definition.points, composed, strict=True)):
-        print(f"── point {number}: {' '.join(overrides)}", flush=True)
+def _run_here(points: Sequence[Point], composed: Sequence[DictConfig], task: TaskFunction) -> int:
+    """Run points of a stage that does not train; of a search, one."""
+    for point, config in zip(points, composed, strict=True):
+        print_line(f"── point {point.number}: {' '.join(point.overrides)}")
         task(config)
     return EXIT_OK
 
