@@ -167,8 +167,7 @@ def test_hydras_own_sweeper_can_be_chosen(program: CommandLine, tmp_path: Path) 
 
 def test_a_search_is_run_pruned_and_goes_on(program: CommandLine, tmp_path: Path) -> None:
     pytest.importorskip("optuna")
-    space = "sweep.optuna.space={optimizer.learning_rate: 'tag(log, interval(1e-6, 1e-2))'}"
-    arguments = ["-m", *SMALL, *DATA, space, "budget.steps=6", "evaluation.interval_steps=2"]
+    arguments = ["-m", "sweep=recipe_search", *SMALL, *DATA, "budget.seconds=null", "evaluation.interval_steps=2"]
     outcome = program(*arguments, "sweep.optuna.num_trials=2", "sweep.optuna.num_startup_trials=1")
     assert outcome.code == EXIT_OK, outcome.out + outcome.err
     assert [point["status"] for point in records(tmp_path)] == ["finished"] * 2
