@@ -43,6 +43,7 @@ def run_sweep(
     arguments: Sequence[str],
     *,
     params: Mapping[str, str],
+    max_parallel: int | None,
     loader: ConfigLoader,
     task: TaskFunction,
     start: Start = LocalWork,
@@ -55,6 +56,7 @@ def run_sweep(
     Args:
         config: what Hydra composed of `arguments`, the overrides of the command line.
         params: what varies by the settings of Hydra's sweeper, by key.
+        max_parallel: the most points that run at a time by those settings.
         loader: composes the points.
         start: how a point that trains is started.
 
@@ -64,6 +66,9 @@ def run_sweep(
     with composition_errors_in_one_line():
         composer = PointComposer(loader)
         definition = define(config, arguments, params, composer)
+        settings = definition.settings
+        if max_parallel is not None:
+            settings.num_parallel = min(settings.num_parallel, max_parallel)
         points, composed = _compose(definition, composer)
         record = _open_record(config, definition, points, composer)
     if not isinstance(points[0].config.stage, PretrainConfig):

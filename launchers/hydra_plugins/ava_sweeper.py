@@ -19,6 +19,8 @@ class AvaSweeperConfig:
     _target_: str = "hydra_plugins.ava_sweeper.AvaSweeper"
     params: dict[str, str] | None = None
     """What varies, in a file, as with Hydra's own sweeper."""
+    max_batch_size: int | None = None
+    """At most so many points run at a time, whatever `sweep.num_parallel` is; null is no limit."""
 
 
 ConfigStore.instance().store(group="hydra/sweeper", name="ava", node=AvaSweeperConfig, provider="ava_exp")
@@ -27,8 +29,8 @@ ConfigStore.instance().store(group="hydra/sweeper", name="ava", node=AvaSweeperC
 class AvaSweeper(Sweeper):
     """Hands a sweep over to `ava_exp.sweeping`, and ends the program with its exit code if that is not 0."""
 
-    def __init__(self, params: dict[str, str] | None = None) -> None:
-        self.params = dict(params or {})
+    def __init__(self, params: dict[str, str] | None = None, max_batch_size: int | None = None) -> None:
+        self.params, self.max_batch_size = dict(params or {}), max_batch_size
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.hydra_context: HydraContext | None = hydra_context
@@ -40,6 +42,13 @@ class AvaSweeper(Sweeper):
 
         assert self.hydra_context is not None and self.config is not None
         loader = self.hydra_context.config_loader
-        code = run_sweep(self.config, arguments, params=self.params, loader=loader, task=self.task_function)
+        code = run_sweep(
+            self.config,
+            arguments,
+            params=self.params,
+            max_parallel=self.max_batch_size,
+            loader=loader,
+            task=self.task_function,
+        )
         if code != 0:
             raise SystemExit(code)

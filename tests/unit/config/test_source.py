@@ -85,7 +85,6 @@ def test_a_defaults_list_does_not_configure_hydra(conf: Path, entry: str) -> Non
 
 def test_a_file_may_choose_a_launcher_and_sweep(conf: Path) -> None:
     settings = "hydra: {verbose: true, sweeper: {params: {seed: '1,2'}, max_batch_size: 1}}"
-    choices = "override hydra/launcher: basic, override hydra/sweeper: basic"
     write(
         conf / "experiment" / "mine.yaml", f"{GLOBAL}defaults: [override /hydra/launcher: basic]\n{settings}\nseed: 7"
     )
