@@ -24,7 +24,7 @@ MAX_CURVES = 10
 """As many as there are colours that can be told apart; the best groups are drawn."""
 LOG_RATIO = 20.0
 """Numbers that differ by more than this are drawn on a logarithmic axis."""
-LABEL_LENGTH = 28
+LABEL_LENGTH = 44
 
 
 def write_figures(points: Sequence[Point], objective: Objective, folder: Path) -> list[Path]:
@@ -61,8 +61,10 @@ def draw_curves(groups: Sequence[Group], objective: Objective) -> Figure:
         tokens, mean, deviation = band(group.points, objective.value)
         if not len(tokens):
             continue
+        shown = slice(len(tokens) // 4, None)  # the first evaluations are far off, and would hide the differences
+        tokens, mean, deviation = tokens[shown], mean[shown], deviation[shown]
         colour = matplotlib.colormaps["tab10"](number)
-        axis.plot(tokens, mean, color=colour, label=_short(group.label))
+        axis.plot(tokens, mean, color=colour, label=_label(group))
         axis.fill_between(tokens, mean - deviation, mean + deviation, color=colour, alpha=0.18, linewidth=0)
     axis.set_title(f"Validation: {_words(objective)}")
     axis.set_xlabel("tokens trained on")
@@ -90,15 +92,15 @@ def draw_parallel_coordinates(points: Sequence[Point], keys: Sequence[str], obje
     """Every point as a line through its values and its objective; the colour is the objective's."""
     values = np.array([point.value for point in points], dtype=float)
     columns = [_positions([point.choices.get(key, "") for point in points]) for key in keys]
-    heights = np.array([*(column[0] for column in columns), _positions([repr(value) for value in values])[0]])
+    span = float(values.max() - values.min()) or 1.0
+    shares = (values - values.min()) / span
+    heights = np.array([*(column[0] for column in columns), shares])
     figure = Figure(figsize=(max(WIDTH, 1.6 * (len(keys) + 1)), HEIGHT + 0.4), layout="constrained")
     axis = figure.subplots()
-    colours = matplotlib.colormaps["viridis" if objective.is_maximized else "viridis_r"]
-    span = float(values.max() - values.min()) or 1.0
+    colours = matplotlib.colormaps["viridis_r" if objective.is_maximized else "viridis"]
     worst_first = np.argsort(values if objective.is_maximized else -values)
     for index in worst_first:
-        shade = colours((values[index] - values.min()) / span)
-        axis.plot(range(len(heights)), heights[:, index], color=shade, alpha=0.85, linewidth=1.6)
+        axis.plot(range(len(heights)), heights[:, index], color=colours(shares[index]), alpha=0.85, linewidth=1.6)
     for place, (_, ticks) in enumerate(columns):
         _draw_scale(axis, place, ticks)
     _draw_scale(axis, len(keys), [(0.0, f"{values.min():.4g}"), (1.0, f"{values.max():.4g}")])
@@ -114,7 +116,15 @@ def draw_parallel_coordinates(points: Sequence[Point], keys: Sequence[str], obje
 def _draw_scale(axis: Axes, place: int, ticks: Sequence[tuple[float, str]]) -> None:
     axis.axvline(place, color="#b5bbc2", linewidth=1)
     for height, text in ticks:
-        axis.annotate(_short(text), (place, height), (5, 0), textcoords="offset points", fontsize=7.5, va="center")
+        axis.annotate(
+            _short(text),
+            (place, height),
+            (5, 0),
+            textcoords="offset points",
+            fontsize=7.5,
+            va="center",
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.8},
+        )
 
 
 def _positions(texts: Sequence[str]) -> tuple[np.ndarray, list[tuple[float, str]]]:
@@ -136,6 +146,12 @@ def _positions(texts: Sequence[str]) -> tuple[np.ndarray, list[tuple[float, str]
 def _tick(text: str) -> str:
     number = as_number(text)
     return f"{number:.4g}" if number is not None and len(text) > 8 else text or "none"
+
+
+def _label(group: Group) -> str:
+    """Return what a group chose, by the last part of its keys."""
+    parts = [f"{key.rpartition('.')[2]}={value}" for key, value in group.choices.items() if value]
+    return _short(" ".join(parts) or group.label)
 
 
 def _short(text: str) -> str:

@@ -198,6 +198,8 @@ class Pool:
             self._end(point, text)
 
     def _end(self, point: Point, text: str) -> None:
+        folder = point.folder
+        point.root = str(folder.root) if folder else None
         self._source.ended(point)
         self._say(point, text)
         self._record.save()

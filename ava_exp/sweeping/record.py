@@ -51,6 +51,8 @@ class Point:
     error: str = ""
     code: int | None = None
     """The exit code of its last process."""
+    root: str | None = None
+    """The folder of its run, once it has ended."""
     trial: int | None = None
     """The number of the trial that a search made of it."""
 
@@ -122,9 +124,8 @@ class SweepRecord:
 
 
 def _plain(point: Point) -> dict[str, Any]:
-    folder = point.folder
     names = ("number", "run_id", "overrides", "choices", "status", "attempts", "seconds", "value", "error", "trial")
-    return {name: getattr(point, name) for name in names} | {"folder": str(folder.root) if folder else None}
+    return {name: getattr(point, name) for name in names} | {"folder": point.root}
 
 
 def definition_hash(definition: dict[str, Any]) -> str:

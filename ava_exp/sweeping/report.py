@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from html import escape
 
@@ -16,7 +17,7 @@ from ava_exp.tracking.text import format_seconds
 
 CAPTIONS = {
     "curves": "Validation as training goes on: the mean over seeds, and one standard deviation to both sides. "
-    "At most the ten best are drawn.",
+    "At most the ten best are drawn, and the first quarter is left out.",
     "importance": "How much of the differences between points each parameter explains by itself.",
     "parallel_coordinates": "Every line is a point: through what it chose, to what came of it. "
     "The darker, the better; the best are drawn on top.",
@@ -72,7 +73,7 @@ def _best(points: Sequence[Point], objective: Objective) -> str:
     best = groups[0]
     words = objective.value.replace("_", " ")
     of_seeds = f", mean of {len(best.values)} seeds" if len(best.values) > 1 else ""
-    command = "python -m ava_exp " + " ".join(best.points[0].overrides)
+    command = shlex.join(["python", "-m", "ava_exp", *best.points[0].overrides])
     return (
         f'<section class="card compression">\n<div><div class="figure-of-merit">{best.mean:.4g}</div>'
         f'<div class="soft">{escape(words)}{of_seeds}</div></div>\n'

@@ -55,7 +55,7 @@ class LocalWork:
     """
 
     def __init__(self, overrides: Sequence[str], log: Path, slot: Slot) -> None:
-        self._log = log
+        self._log, self._offset = log, log.stat().st_size if log.exists() else 0
         threads = [] if slot.num_threads is None else [f"hardware.num_threads={slot.num_threads}"]
         environment = None if slot.device is None else {**os.environ, "CUDA_VISIBLE_DEVICES": str(slot.device)}
         with open(log, "ab") as output:
@@ -78,7 +78,7 @@ class LocalWork:
                 self._process.send_signal(number)
 
     def last_words(self) -> str:
-        return last_line(self._log)
+        return last_line(self._log, self._offset)
 
 
 def _dies_with(parent: int) -> Callable[[], None] | None:
@@ -95,12 +95,12 @@ def _dies_with(parent: int) -> Callable[[], None] | None:
     return ask
 
 
-def last_line(log: Path) -> str:
-    """Return the last line of a file that is not empty, without secrets; empty where there is none."""
+def last_line(log: Path, offset: int = 0) -> str:
+    """Return the last line of a file after `offset` that is not empty, without secrets; "" where there is none."""
     if not log.exists():
         return ""
     with open(log, "rb") as file:
-        file.seek(max(0, log.stat().st_size - TAIL_BYTES))
+        file.seek(max(offset, log.stat().st_size - TAIL_BYTES))
         lines = file.read().decode("utf-8", errors="replace").splitlines()
     return redact_text(next((line.strip() for line in reversed(lines) if line.strip()), ""))
 

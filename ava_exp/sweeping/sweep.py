@@ -31,7 +31,9 @@ from ava_exp.sweeping.results import grouped, unfinished
 from ava_exp.sweeping.source import PointSource, Queue
 from ava_exp.sweeping.start import LocalWork, Start, slots
 from ava_exp.sweeping.table import as_text, rows
+from ava_exp.tracking.files import write_atomically
 from ava_exp.tracking.lock import RunLock
+from ava_exp.tracking.redaction import redact_text
 from ava_exp.tracking.sweep_tracker import SweepTracker
 from ava_exp.tracking.trackers import RunStatus
 
@@ -69,6 +71,7 @@ def run_sweep(
         settings = definition.settings
         if max_parallel is not None:
             settings.num_parallel = min(settings.num_parallel, max_parallel)
+            settings.devices = settings.devices[:max_parallel]
         points, composed = _compose(definition, composer)
         record = _open_record(config, definition, points, composer)
     if not isinstance(points[0].config.stage, PretrainConfig):
@@ -135,7 +138,7 @@ def _open_record(
         definition=_plain_settings(definition),
     )
     record.create()
-    OmegaConf.save(config, root / "multirun.yaml")
+    write_atomically(root / "multirun.yaml", redact_text(OmegaConf.to_yaml(config)))
     return record
 
 

@@ -21,6 +21,7 @@ from ava_exp.tracking.mlflow_follower import (
     MAX_PARAMETERS,
     MAX_VALUE_LENGTH,
     STATUSES,
+    SWEEP_TAG,
     connect,
     find_or_create_run,
     sweep_tag,
@@ -47,7 +48,7 @@ class SweepTracker:
             "uri": config.uri or f"sqlite:///{root / 'mlflow.db'}",
             "artifact_root": None if config.uri else (root / "mlartifacts").as_uri(),
             "experiment_name": config.experiment_name,
-            "tags": redact({tag: text for tag, text in config.tags.items() if tag not in ("note", "sweep")}),
+            "tags": redact({tag: text for tag, text in config.tags.items() if tag != "note"}) | {SWEEP_TAG: name},
         }
 
     def start(self, parameters: Mapping[str, str]) -> bool:

@@ -87,6 +87,7 @@ def test_the_last_line_is_short_and_without_secrets(tmp_path: Path) -> None:
     assert last_line(log) == ""
     log.write_text("x" * 20_000 + "\nsqlite://me:hunter2@host failed\n\n  \n")
     assert last_line(log) == "sqlite://me:[redacted]@host failed"
+    assert last_line(log, offset=log.stat().st_size) == "", "an earlier attempt's"
 
 
 @pytest.mark.parametrize(
