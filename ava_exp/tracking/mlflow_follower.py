@@ -161,7 +161,7 @@ class Destination:
             for group in ("train", "eval", "final", "surgery")
             for metric in client.get_metric_history(self._run_id, f"{group}/loss")
         }
-        attach_to_sweep(client, run, order["tags"].get(SWEEP_TAG))
+        attach_to_sweep(client, run, order.get("tags", {}).get(SWEEP_TAG))
         self._log_parameters(order["parameters"], run.data.params)
         client.update_run(self._run_id, status="RUNNING")
 
