@@ -25,6 +25,7 @@ from ava_exp.config.stage import PretrainConfig
 from ava_exp.config.validate import validate
 from ava_exp.errors import EXIT_FAILURE, EXIT_OK, EXIT_RESUMABLE, EXIT_USER_ERROR, ConfigError, UserError, must_be
 from ava_exp.sweeping.definition import Definition, define, varying
+from ava_exp.sweeping.handover import Launch, ending, is_chosen, launch_points
 from ava_exp.sweeping.pool import Pool, Requests, Tell
 from ava_exp.sweeping.record import Point, PointStatus, SweepRecord, definition_hash, of_status
 from ava_exp.sweeping.results import grouped, unfinished
@@ -48,6 +49,7 @@ def run_sweep(
     max_parallel: int | None,
     loader: ConfigLoader,
     task: TaskFunction,
+    launch: Launch,
     start: Start = LocalWork,
 ) -> int:
     """Run every point that a command line asks for, and return the exit code.
@@ -60,6 +62,7 @@ def run_sweep(
         params: what varies by the settings of Hydra's sweeper, by key.
         max_parallel: the most points that run at a time by those settings.
         loader: composes the points.
+        launch: runs all points with one of Hydra's launchers, where one is chosen.
         start: how a point that trains is started.
 
     Raises:
@@ -74,11 +77,16 @@ def run_sweep(
             settings.devices = settings.devices[:max_parallel]
         points, composed = _compose(definition, composer)
         record = _open_record(config, definition, points, composer)
+        chosen = launch if is_chosen(config) else None
+        if chosen is not None and settings.optuna.space:
+            raise ConfigError(
+                "`hydra/launcher` gets all points at once, and a search has them one by one: leave it out."
+            )
     if not isinstance(points[0].config.stage, PretrainConfig):
-        return _run_here(points, composed, task)
+        return _run_here(points, composed, task) if chosen is None else _run_there(points, chosen)
     try:
         with RunLock(record.root / "sweep.lock", IN_USE):
-            return Sweep(definition, record, points, composer, start).run()
+            return Sweep(definition, record, points, composer, start, chosen).run()
     except UserError:
         raise
     except Exception:  # noqa: BLE001 - a bug keeps its traceback, which Hydra would take for a composition error's
@@ -154,6 +162,13 @@ def _run_here(points: Sequence[Point], composed: Sequence[DictConfig], task: Tas
     return EXIT_OK
 
 
+def _run_there(points: Sequence[Point], launch: Launch) -> int:
+    """Let a launcher of Hydra run points of a stage that does not train."""
+    returns = launch([point.overrides for point in points])
+    codes = [ending(returned)[0] for returned in returns]
+    return next((code for code in codes if code != EXIT_OK), EXIT_OK)
+
+
 class Sweep:
     """A sweep of points that train, in its folder."""
 
@@ -164,7 +179,9 @@ class Sweep:
         points: list[Point],
         composer: PointComposer,
         start: Start,
+        launch: Launch | None = None,
     ) -> None:
+        self._launch = launch
         self._definition, self._record, self._composer, self._start = definition, record, composer, start
         self._settings = definition.settings
         self._sample = points[0]
@@ -179,12 +196,27 @@ class Sweep:
 
     def run(self) -> int:
         """Run what is left to run, compare, report; return the exit code."""
-        tell, config = print_line, self._sample.config
+        tell = print_line
         tell(f"Sweep folder: {self._record.root}")
         tracker = self._open_tracker()
-        places = slots(config, self._settings.num_parallel, self._settings.devices)
+        self._record.save()
+        is_stopped = False
+        if self._launch is not None:
+            launch_points(self._record, self._record.points, self._launch, self._tags)
+        else:
+            is_stopped = self._run_pool(tell)
+        code = self._exit_code(is_stopped)
+        self._conclude(code, is_stopped, tell)
+        if tracker is not None:
+            status = {EXIT_OK: RunStatus.finished, EXIT_RESUMABLE: RunStatus.stopped}.get(code, RunStatus.failed)
+            tracker.finish(status, self._results(), [self._record.report, self._record.file])
+        return code
+
+    def _run_pool(self, tell: Tell) -> bool:
+        """Run the points in processes of this machine; return whether somebody asked to stop."""
+        places = slots(self._sample.config, self._settings.num_parallel, self._settings.devices)
         with Requests() as requests:
-            pool = Pool(
+            Pool(
                 self._record,
                 self._source,
                 places,
@@ -193,16 +225,8 @@ class Sweep:
                 max_retries=self._settings.max_retries,
                 extra=self._tags,
                 tell=tell,
-            )
-            self._record.save()
-            pool.run()
-            is_stopped = requests.num_stops > 0
-        code = self._exit_code(is_stopped)
-        self._conclude(code, is_stopped, tell)
-        if tracker is not None:
-            status = {EXIT_OK: RunStatus.finished, EXIT_RESUMABLE: RunStatus.stopped}.get(code, RunStatus.failed)
-            tracker.finish(status, self._results(), [self._record.report, self._record.file])
-        return code
+            ).run()
+            return requests.num_stops > 0
 
     def _check_settings(self) -> None:
         """The settings of a sweep are no part of its points' configurations: their bounds are looked at here."""

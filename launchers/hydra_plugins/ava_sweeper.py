@@ -3,10 +3,13 @@
 Hydra runs the file before the module is known to Python: dataclasses cannot have annotations that are text.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
@@ -49,6 +52,15 @@ class AvaSweeper(Sweeper):
             max_parallel=self.max_batch_size,
             loader=loader,
             task=self.task_function,
+            launch=self._launch,
         )
         if code != 0:
             raise SystemExit(code)
+
+    def _launch(self, points: Sequence[Sequence[str]]) -> Sequence[JobReturn]:
+        """Run points with the launcher of Hydra that was chosen."""
+        assert self.hydra_context is not None and self.config is not None
+        launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=self.hydra_context, task_function=self.task_function, config=self.config
+        )
+        return launcher.launch(points, initial_job_idx=0)

@@ -6,10 +6,15 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import pytest
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn
 
 from ava_exp.config.folders import group_names, option_names
 from ava_exp.config.run import RunConfig
@@ -230,6 +235,30 @@ def test_hydras_own_sweeper_can_be_chosen(command_line: CommandLine, stage: Reco
     assert outcome.code == EXIT_OK
     assert [run.seed for run in stage.runs] == [1, 2]
     assert "── point 1: stage=plan seed=2" in outcome.out
+
+
+class FakeLauncher(BasicLauncher):
+    """Runs points here, and remembers that it was asked to."""
+
+    launched: ClassVar[list[list[str]]] = []
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        self.launched.extend([*overrides] for overrides in job_overrides)
+        return super().launch(job_overrides, initial_job_idx)
+
+
+def test_a_launcher_of_hydra_gets_all_points(
+    command_line: CommandLine, stage: RecordingStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "hydra_plugins.fake.FakeLauncher"
+    monkeypatch.setitem(Plugins.instance().class_name_to_class, name, FakeLauncher)
+    monkeypatch.setattr(FakeLauncher, "launched", [])
+    ConfigStore.instance().store(group="hydra/launcher", name="fake", node={"_target_": name}, provider="tests")
+    stage.ends = {2: EXIT_USER_ERROR}
+    outcome = command_line("-m", "hydra/launcher=fake", "stage=plan", "seed=1,2,3")
+    assert FakeLauncher.launched == [["stage=plan", f"seed={seed}"] for seed in (1, 2, 3)]
+    assert [run.seed for run in stage.runs] == [1, 2, 3]
+    assert outcome.code == EXIT_USER_ERROR
 
 
 def test_a_sweep_is_kept_with_the_outputs(command_line: CommandLine, stage: RecordingStage, tmp_path: Path) -> None:
