@@ -26,7 +26,7 @@ class OptunaConfig:
     """Let Optuna choose the points. `space` empty leaves it out."""
 
     space: dict[str, str] = field(default_factory=dict)
-    """What may be chosen, by key or group: `interval(1, 8)`, `tag(log, interval(1e-4, 1e-2))`, `range(2, 9)`, `a,b`."""
+    """What may be chosen, by key or group: `interval(0, 1)`, `tag(log, interval(1e-4, 1e-2))`, `range(2, 9)`, `a,b`."""
     num_trials: int = 20
     num_startup_trials: int = 5
     """Points drawn at random before the sampler learns from them, and finished ones before any point is pruned."""

@@ -70,7 +70,8 @@ def draw_curves(groups: Sequence[Group], objective: Objective) -> Figure:
     axis.set_xlabel("tokens trained on")
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_count(value)))
     axis.set_ylabel(_words(objective))
-    axis.legend(fontsize=8)
+    if axis.lines:
+        axis.legend(fontsize=8)
     return figure
 
 

@@ -120,10 +120,10 @@ class Pool:
                 return point
         if self._again:
             return None
-        point = self._source.next()
-        if point is None or point.run_id not in at_work:
-            return point
-        self._again.append(point)
+        fresh = self._source.next()
+        if fresh is None or fresh.run_id not in at_work:
+            return fresh
+        self._again.append(fresh)
         return None
 
     def _start_point(self, point: Point) -> None:

@@ -88,6 +88,7 @@ class Search:
         self._study = _open_study(settings, objective, name, folder)
         self._trials: dict[int, optuna.trial.Trial] = {}
         self._evaluations: dict[int, Evaluations] = {}
+        self._reported: dict[int, int] = {}
         self._interrupted = deque(self._own_trials("RUNNING"))
 
     def earlier(self) -> list[Point]:
@@ -108,6 +109,7 @@ class Search:
             frozen = self._interrupted.popleft()
             point = self._point_of(frozen)
             self._trials[frozen.number] = optuna.trial.Trial(self._study, frozen._trial_id)
+            self._reported[frozen.number] = len(frozen.intermediate_values)
             return point
         if len(self._study.get_trials(deepcopy=False)) >= self._settings.num_trials:
             return None
@@ -138,12 +140,15 @@ class Search:
         trial, folder = self._trials[point.trial], point.folder
         if folder is None:
             return False
-        seen = self._evaluations.setdefault(point.trial, Evaluations(folder.metrics, self._objective.value))
+        if point.trial not in self._evaluations:
+            reported = self._reported.get(point.trial, 0)
+            self._evaluations[point.trial] = Evaluations(folder.metrics, self._objective.value, reported)
+        seen = self._evaluations[point.trial]
         is_new = False
         for number, value in seen.read():
             trial.report(value, number)
             is_new = True
-        return is_new and trial.should_prune()
+        return is_new and bool(trial.should_prune())
 
     def close(self) -> None:
         """What runs or waits is left as it is."""
@@ -185,12 +190,12 @@ def _open_study(settings: OptunaConfig, objective: Objective, name: str, folder:
 class Evaluations:
     """Reads what is new in a metrics file: a run's evaluations, numbered, without the last one on the whole split."""
 
-    def __init__(self, path: Path, objective: str) -> None:
+    def __init__(self, path: Path, objective: str, told: int = 0) -> None:
         self._path, self._objective = path, objective
         self._inode: int | None = None
         self._position = 0
         self._seen: list[int] = []
-        self._told = 0
+        self._told = told
 
     def read(self) -> list[tuple[int, float]]:
         """Return (number, objective) of every evaluation that was not returned before."""

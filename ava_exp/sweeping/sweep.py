@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_loader import ConfigLoader
 from hydra.types import TaskFunction
 from omegaconf import DictConfig, OmegaConf
@@ -69,6 +70,7 @@ def run_sweep(
         UserError: the sweep cannot be composed, or its folder cannot be used.
     """
     with composition_errors_in_one_line():
+        assert isinstance(loader, ConfigLoaderImpl)
         composer = PointComposer(loader)
         definition = define(config, arguments, params, composer)
         settings = definition.settings
