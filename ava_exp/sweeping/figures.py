@@ -55,7 +55,7 @@ def _write(figure: Figure, path: Path) -> Path:
 
 def draw_curves(groups: Sequence[Group], objective: Objective) -> Figure:
     """The objective at every evaluation: the mean over seeds, and one standard deviation to both sides."""
-    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+    figure = Figure(figsize=(WIDTH, HEIGHT + 0.12 * min(len(groups), MAX_CURVES)), layout="constrained")
     axis = figure.subplots()
     for number, group in enumerate(groups[:MAX_CURVES]):
         tokens, mean, deviation = band(group.points, objective.value)
@@ -71,7 +71,7 @@ def draw_curves(groups: Sequence[Group], objective: Objective) -> Figure:
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_count(value)))
     axis.set_ylabel(_words(objective))
     if axis.lines:
-        axis.legend(fontsize=8)
+        figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     return figure
 
 
