@@ -14,19 +14,27 @@ import platform
 import re
 import resource
 import time
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
-from torch import Tensor
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+from torch import Tensor, nn
 
+from ava_exp.config.distributed import Backend, DistributedConfig
 from ava_exp.config.machine import DeviceType, HardwareConfig, Precision, PrecisionConfig
 from ava_exp.config.options import read_option
 from ava_exp.config.validate import precision_faults, raise_if_fatal
 from ava_exp.errors import ConfigError
+from ava_exp.optim.update import Updater
+from ava_exp.parallel.ranks import Ranks
+from ava_exp.parallel.strategy import Alone, DataParallel
 from ava_exp.tracking.metadata import cpu_model
 
 logger = logging.getLogger(__name__)
@@ -57,6 +65,9 @@ class Resolution:
     num_threads: int
     peak_tflops: float | None
     seconds_per_step: float | None = None
+    num_ranks: int = 1
+    gradient_accumulation_steps: int | None = None
+    """What it comes to where the ranks are others than those that the run was begun with; None is as configured."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -68,6 +79,7 @@ class Runtime:
     precision: Precision
     resolution: Resolution
     notices: list[str]
+    ranks: Ranks = field(default_factory=Ranks)
 
     @property
     def device(self) -> torch.device:
@@ -86,6 +98,76 @@ class Runtime:
         """Compute gradients."""
         self.accelerator.backward(loss)
 
+    def spread(self, objective: nn.Module, updater: Updater) -> Alone:
+        """Return how the ranks train `objective`, whose weights `updater` changes, together."""
+        if self.ranks.num_ranks == 1:
+            return Alone(objective, updater)
+        wrapped = _wrap(self.accelerator, objective)
+        if not isinstance(wrapped, nn.parallel.DistributedDataParallel):
+            raise RuntimeError(f"`distributed=ddp` was asked for, but the model became a {type(wrapped).__name__}")
+        return DataParallel(wrapped, updater, self.ranks)
+
+
+def join_ranks(distributed: DistributedConfig, hardware: HardwareConfig) -> Ranks:
+    """Meet the other processes of the run, if the environment says that there are any; torchrun's variables do.
+
+    Raises ConfigError for a back end that does not go with their number.
+    """
+    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    backend = distributed.backend
+    if num_ranks > 1 and backend is Backend.single:
+        sentence = f"`distributed=single` is one process, but {num_ranks} were started"
+        raise ConfigError(f"{sentence}. Choose `distributed=ddp`.")
+    if num_ranks == 1:
+        if backend is Backend.ddp and hardware.num_devices == 1:
+            raise ConfigError(
+                "`distributed=ddp` needs several ranks, but `hardware.num_devices` is 1. Raise it, or leave `ddp` out."
+            )
+        return Ranks()
+    accelerator = _accelerator(_find_device(hardware), distributed.timeout_s)
+    expected = {DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
+    if accelerator.num_processes != num_ranks or accelerator.distributed_type not in expected:
+        raise RuntimeError(
+            f"asked for {num_ranks} ranks, got {accelerator.num_processes} of type {accelerator.distributed_type}"
+        )
+    control = dist.new_group(backend="gloo", timeout=timedelta(seconds=distributed.timeout_s))
+    ranks = Ranks(rank=accelerator.process_index, num_ranks=num_ranks, control=control)
+    _probe_synchronisation(accelerator, ranks)
+    return ranks
+
+
+def leave_ranks(ranks: Ranks) -> None:
+    """Say good-bye to the other processes; without it they may be gone in the middle of a message."""
+    if ranks.num_ranks > 1:
+        ranks.wait()
+        Accelerator().end_training()
+
+
+def _accelerator(device: DeviceType, timeout_s: float | None = None) -> Accelerator:
+    handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
+    if timeout_s is not None:
+        handlers.append(InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s)))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*OMP_NUM_THREADS.*")  # `_set_threads` decides
+        return Accelerator(cpu=device is DeviceType.cpu, kwargs_handlers=handlers)
+
+
+def _wrap(accelerator: Accelerator, module: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of a keyword that Accelerate hands on
+        wrapped: nn.Module = accelerator.prepare_model(module)
+    return wrapped
+
+
+def _probe_synchronisation(accelerator: Accelerator, ranks: Ranks) -> None:
+    """Raise RuntimeError unless gradients really come together: libraries drop that without a word."""
+    probe = _wrap(accelerator, nn.Linear(1, 1, bias=False).to(accelerator.device))
+    probe(torch.full((1, 1), float(ranks.rank), device=accelerator.device)).sum().backward()
+    expected = (ranks.num_ranks - 1) / 2
+    (gradient,) = (parameter.grad for parameter in probe.parameters())
+    if gradient is None or abs(gradient.item() - expected) > 1e-6:
+        raise RuntimeError(f"gradients are not averaged over the ranks: {gradient} instead of {expected}")
+
 
 def open_runtime(
     hardware: HardwareConfig,
@@ -94,21 +176,24 @@ def open_runtime(
     batch_size: int | None,
     cache_dir: Path,
     stored: dict[str, Any] | None = None,
+    ranks: Ranks | None = None,
+    gradient_accumulation_steps: int = 1,
 ) -> Runtime:
-    """Find the device, settle the precision and the batch size. `stored` is an earlier `Resolution` of the same run.
+    """Find the device, settle the precision and the batch size. `stored` is an earlier `Resolution` of the same run:
+    where other ranks go on with it, they share the sequences of a step among them as they can.
 
-    Raises ConfigError for strict hardware that is not here, and for a precision that the device cannot use.
+    Raises ConfigError for strict hardware that is not here, for a precision that the device cannot use, and for ranks
+    that cannot share the sequences of a step.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("a run is one process in this version, but WORLD_SIZE is above 1. Start it without torchrun.")
+    ranks = ranks or Ranks()
     keep_freed_memory()
     device_type = _find_device(hardware)
-    actual, notices = _match_hardware(hardware, device_type)
-    if hardware.num_threads or stored:
-        torch.set_num_threads(hardware.num_threads or stored["num_threads"])  # type: ignore[index]
-    accelerator = Accelerator(cpu=device_type is DeviceType.cpu)
+    actual, notices = _match_hardware(hardware, device_type, ranks.num_ranks)
+    known = stored if stored and stored.get("num_ranks", 1) == ranks.num_ranks else None
+    _set_threads(hardware.num_threads or (known["num_threads"] if known else None), device_type, ranks)
+    accelerator = _accelerator(device_type)
     assert accelerator.device.type == device_type.value, f"asked for {device_type.value}, got {accelerator.device}"
-    rates = measured_rates(accelerator.device, cache_dir) if stored is None else {}
+    rates = _rates(accelerator.device, cache_dir, ranks) if stored is None else {}
     chosen = (
         Precision(stored["precision"]) if stored else _choose_precision(precision.training, accelerator.device, rates)
     )
@@ -124,8 +209,46 @@ def open_runtime(
         num_threads=torch.get_num_threads(),
         peak_tflops=stored["peak_tflops"] if stored else _peak(actual, chosen, rates),
         seconds_per_step=stored["seconds_per_step"] if stored else None,
+        num_ranks=ranks.num_ranks,
+        gradient_accumulation_steps=stored.get("gradient_accumulation_steps") if stored else None,
     )
-    return Runtime(accelerator=accelerator, hardware=actual, precision=chosen, resolution=resolution, notices=notices)
+    if stored and known is None:
+        _share_sequences(resolution, stored, gradient_accumulation_steps)
+    return Runtime(
+        accelerator=accelerator,
+        hardware=actual,
+        precision=chosen,
+        resolution=resolution,
+        notices=notices,
+        ranks=ranks,
+    )
+
+
+def _rates(device: torch.device, cache_dir: Path, ranks: Ranks) -> dict[str, float]:
+    """Return what the first rank measures while the others wait: they would disturb each other."""
+    return ranks.from_first(measured_rates(device, cache_dir) if ranks.is_first else None)  # type: ignore[no-any-return]
+
+
+def _set_threads(num_threads: int | None, device: DeviceType, ranks: Ranks) -> None:
+    if num_threads is None and device is DeviceType.cpu and ranks.num_ranks > 1:
+        num_threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", str(ranks.num_ranks))))
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+
+
+def _share_sequences(resolution: Resolution, stored: dict[str, Any], configured_steps: int) -> None:
+    """Let a step have the sequences that it had, whatever the number of ranks: the fewest micro-batches that are not
+    larger than they were. Raises ConfigError where it cannot be."""
+    steps = stored.get("gradient_accumulation_steps") or configured_steps
+    num_sequences = stored["batch_size"] * steps * stored.get("num_ranks", 1)
+    own, rest = divmod(num_sequences, resolution.num_ranks)
+    if rest:
+        raise ConfigError(
+            f"this run has {num_sequences} sequences a step, which {resolution.num_ranks} ranks cannot share evenly. "
+            "Go on with a number of ranks that divides them."
+        )
+    resolution.batch_size = max(n for n in range(1, stored["batch_size"] + 1) if own % n == 0)
+    resolution.gradient_accumulation_steps = own // resolution.batch_size
 
 
 def store_resolution(resolution: Resolution) -> dict[str, Any]:
@@ -144,17 +267,17 @@ def _find_device(hardware: HardwareConfig) -> DeviceType:
     return next(device for device, here in present.items() if here)
 
 
-def _match_hardware(hardware: HardwareConfig, device: DeviceType) -> tuple[HardwareConfig, list[str]]:
+def _match_hardware(hardware: HardwareConfig, device: DeviceType, num_ranks: int) -> tuple[HardwareConfig, list[str]]:
     """Return the hardware that is really used, and a notice of each way in which it is not what was asked for."""
     actual, notices = _match_device(hardware, device)
-    if hardware.num_devices == 1:
+    actual = dataclasses.replace(actual, num_devices=num_ranks)
+    if hardware.num_devices == num_ranks:
         return actual, notices
-    sentence = (
-        f"`hardware.num_devices` is {hardware.num_devices}, but a run is one process on one device in this version"
-    )
+    number = "one process was" if num_ranks == 1 else f"{num_ranks} processes were"
+    sentence = f"`hardware.num_devices` is {hardware.num_devices}, but {number} started"
     if hardware.strict:
-        raise ConfigError(f"{sentence}. Set it to 1, or `hardware.strict=false` to run on one.")
-    return dataclasses.replace(actual, num_devices=1), [*notices, f"{sentence}: running on one."]
+        raise ConfigError(f"{sentence}. Set it to {num_ranks}, or `hardware.strict=false` to run all the same.")
+    return actual, [*notices, f"{sentence}: running on {'one' if num_ranks == 1 else num_ranks}."]
 
 
 def _match_device(hardware: HardwareConfig, device: DeviceType) -> tuple[HardwareConfig, list[str]]:

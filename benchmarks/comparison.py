@@ -137,7 +137,7 @@ def draw(groups: dict[str, list[Training]], title: str, path: Path) -> None:
             axis.set_xlabel(label)
         axes[0].set_ylabel("validation loss (nats per token)")
         axes[0].set_title(title)
-        axes[2].legend()
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(groups))
         figure.savefig(path)
 
 
@@ -157,8 +157,8 @@ def main() -> None:
     groups = {name: [t for t in trainings if t.name == name] for name in EXPERIMENTS[arguments.experiments]}
     print(table(groups))
     figure = arguments.figure or folder / "comparison.png"
-    per = " and equal seconds" if arguments.seconds else ""
-    draw(groups, f"{arguments.experiments.capitalize()} at equal active FLOPs{per}", figure)
+    per = "seconds of training" if arguments.seconds else "tokens"
+    draw(groups, fX, figure)
     print(f"figure: {figure}")
 
 

@@ -116,6 +116,7 @@ BOUNDS = (
             "budget.default_seconds",
             "budget.chinchilla_multiplier",
             "training.gradient_clip_val",
+            "distributed.timeout_s",
             "stage.repetition_penalty",
         ),
     ),

@@ -9,6 +9,7 @@ from omegaconf import II, MISSING
 from ava_exp.config.architecture import Architecture
 from ava_exp.config.attention import AttentionConfig
 from ava_exp.config.data import DataConfig, TokenizerConfig
+from ava_exp.config.distributed import DistributedConfig
 from ava_exp.config.loss import LossConfig
 from ava_exp.config.machine import HardwareConfig, PrecisionConfig, TrackerConfig
 from ava_exp.config.mod import ModConfig, NoModConfig
@@ -46,6 +47,7 @@ class RunConfig:
     mod: ModConfig = field(default_factory=NoModConfig)
     prediction: PredictionConfig = field(default_factory=NextTokenConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -74,6 +76,7 @@ NOT_IDENTITY = frozenset(
         "tracker",
         "hardware",
         "sweep",
+        "distributed",
         "resume",
         "reset_optimizer",
         "allow_changed_inputs",

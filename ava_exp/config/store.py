@@ -6,7 +6,20 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 
-from ava_exp.config import attention, data, loss, machine, mod, model, prediction, router, run, stage, training
+from ava_exp.config import (
+    attention,
+    data,
+    distributed,
+    loss,
+    machine,
+    mod,
+    model,
+    prediction,
+    router,
+    run,
+    stage,
+    training,
+)
 
 SCHEMAS: dict[str, Any] = {
     "run": run.RunConfig,
@@ -53,6 +66,7 @@ SCHEMAS: dict[str, Any] = {
     "schedule/inverse_sqrt": training.InverseSqrtConfig,
     "precision": machine.PrecisionConfig,
     "hardware": machine.HardwareConfig,
+    "distributed": distributed.DistributedConfig,
     "tracker/none": machine.NoTrackerConfig,
     "tracker/mlflow": machine.MLflowConfig,
 }

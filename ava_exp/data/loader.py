@@ -100,8 +100,17 @@ class BatchLoader:
     def sample_ids(self, step: int) -> npt.NDArray[np.int64]:
         """Return the samples of this rank's batches, shape (gradient_accumulation_steps, batch_size)."""
         shape = (self.gradient_accumulation_steps, self.num_ranks, self.batch_size)
-        positions = step * self.global_batch_size + np.arange(self.global_batch_size, dtype=np.int64)
-        epochs, indices = np.divmod(positions.reshape(shape)[:, self.rank], self.num_samples)
+        return self._samples_at(self._positions(step).reshape(shape)[:, self.rank])
+
+    def samples_of_all_ranks(self, step: int) -> npt.NDArray[np.int64]:
+        """Return all samples of a step, shape (global_batch_size,): the same however ranks and micro-batches share."""
+        return self._samples_at(self._positions(step))
+
+    def _positions(self, step: int) -> npt.NDArray[np.int64]:
+        return step * self.global_batch_size + np.arange(self.global_batch_size, dtype=np.int64)
+
+    def _samples_at(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        epochs, indices = np.divmod(positions, self.num_samples)
         samples = np.empty_like(indices)
         for epoch in np.unique(epochs):
             chosen = epochs == epoch

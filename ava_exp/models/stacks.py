@@ -53,12 +53,9 @@ def rebuild(model: Decoder, updater: Updater | None, index: int, change: Change)
         parent, _, attribute = name.rpartition(".")
         module = layer.get_submodule(parent)
         old = getattr(module, attribute)
-        if isinstance(old, nn.Parameter):
-            setattr(module, attribute, _replaced(updater, prefix + name, name, old, change))
-            continue
-        setattr(module, attribute, change(name, old))
-        if updater is not None:
-            updater.buffers[prefix + name] = getattr(module, attribute)
+        is_parameter = isinstance(old, nn.Parameter)
+        new = _replaced(updater, prefix + name, name, old, change) if is_parameter else change(name, old)
+        setattr(module, attribute, new)
 
 
 def _replaced(updater: Updater | None, path: str, name: str, old: nn.Parameter, change: Change) -> nn.Parameter:

@@ -7,6 +7,7 @@ With mixed precision the model holds a 16-bit working copy and the optimizer fp3
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,9 +60,10 @@ class Updater:
         loss_scale: LossScale | None = None,
     ) -> None:
         self.loss_scale = loss_scale or LossScale()
+        self.draw: Callable[[], AbstractContextManager[None]] = nullcontext
+        """The context in which random bits are drawn."""
         self.model_parameters = dict(model.named_parameters())
-        state = model.state_dict(keep_vars=True)
-        self.buffers: dict[str, Tensor] = {name: t for name, t in state.items() if name not in self.model_parameters}
+        self._model = model
         self.wide = master_weights or wide_states
         self.forget_masters = wide_states and not master_weights
         self.weights: dict[str, Tensor] = dict(self.model_parameters)
@@ -75,6 +77,12 @@ class Updater:
             group["params"] = [held[name] for name in names]
         self.optimizer = build_optimizer(groups)
         self.peak_learning_rate: float = self.optimizer.param_groups[0]["lr"]
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        """What the model's state has besides parameters, as it is now: wrappers for several ranks replace buffers."""
+        state = self._model.state_dict(keep_vars=True)
+        return {name: tensor for name, tensor in state.items() if name not in self.model_parameters}
 
     @torch.no_grad()
     def collect_gradients(self) -> None:
@@ -114,7 +122,8 @@ class Updater:
 
     def _step(self) -> None:
         if self.stand_ins is not None:
-            self.stand_ins.step(self.optimizer)
+            with self.draw():
+                self.stand_ins.step(self.optimizer)
             return
         self.optimizer.step()
         self.round_masters()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,12 +31,13 @@ from ava_exp.optim.schedules import Schedule
 from ava_exp.optim.update import LossScale, Updater
 from ava_exp.runtime import DTYPES, Runtime
 from ava_exp.training.loop import Record, Trainer
+from ava_exp.training.objective import Objective
 from ava_exp.training.state import TrainState
 
 SHORTEST_INTERVAL = 10
 """Steps between evaluations or checkpoints, where the configuration leaves it to the budget, are at least this many."""
 
-NUMERIC_PACKAGES = ("data", "losses", "models", "nn", "optim", "tokenizer", "training")
+NUMERIC_PACKAGES = ("data", "losses", "models", "nn", "optim", "parallel", "tokenizer", "training")
 """Packages whose code decides a run's numbers."""
 
 
@@ -109,21 +112,29 @@ def build_loader(config: RunConfig, runtime: Runtime, data: PreparedData) -> Bat
         data.train,
         sequence_length=config.data.sequence_length,
         batch_size=runtime.resolution.batch_size,
-        gradient_accumulation_steps=config.training.gradient_accumulation_steps,
+        gradient_accumulation_steps=accumulation_steps(config, dataclasses.asdict(runtime.resolution)),
         seed=config.seed,
+        rank=runtime.ranks.rank,
+        num_ranks=runtime.ranks.num_ranks,
         mask_documents=config.data.mask_documents,
     )
 
 
-def tokens_per_step(config: RunConfig, batch_size: int) -> int:
-    """Return the training tokens of one optimizer step."""
-    return batch_size * config.training.gradient_accumulation_steps * config.data.sequence_length
+def accumulation_steps(config: RunConfig, resolution: dict[str, Any]) -> int:
+    """Return the micro-batches of a rank in one optimizer step; `resolution` is a runtime's, in plain values."""
+    return resolution.get("gradient_accumulation_steps") or config.training.gradient_accumulation_steps
+
+
+def tokens_per_step(config: RunConfig, resolution: dict[str, Any]) -> int:
+    """Return the training tokens of one optimizer step, over all ranks."""
+    sequences = resolution["batch_size"] * accumulation_steps(config, resolution) * resolution.get("num_ranks", 1)
+    return int(sequences * config.data.sequence_length)
 
 
 def build_schedule(config: RunConfig, runtime: Runtime, total_steps: int) -> Schedule:
     """Build the learning-rate schedule for a budget in steps."""
     schedule: Schedule = config.schedule.build(
-        total_steps=total_steps, tokens_per_step=tokens_per_step(config, runtime.resolution.batch_size)
+        total_steps=total_steps, tokens_per_step=tokens_per_step(config, dataclasses.asdict(runtime.resolution))
     )
     return schedule
 
@@ -200,15 +211,17 @@ def build_trainer(
     interval = max(SHORTEST_INTERVAL, total_steps // 10)
     peak = runtime.resolution.peak_tflops
     state = state or TrainState()
+    terms = build_losses(
+        config.sparsity, config.loss, attention=config.attention, mod=config.mod, prediction=config.prediction
+    )
     return Trainer(
         model,
         build_loader(config, runtime, data),
         updater,
         build_schedule(config, runtime, total_steps),
-        build_losses(
-            config.sparsity, config.loss, attention=config.attention, mod=config.mod, prediction=config.prediction
-        ),
+        terms,
         total_steps,
+        strategy=runtime.spread(Objective(model, terms, runtime.ranks), updater),
         state=state,
         gradient_clip_val=config.training.gradient_clip_val,
         max_skipped_steps=config.training.max_skipped_steps,
@@ -221,7 +234,7 @@ def build_trainer(
         device=runtime.device,
         backward=runtime.backward,
         flops=training_flops(config.architecture, config.data.sequence_length),
-        peak_flops=peak * 1e12 if peak else None,
+        peak_flops=peak * 1e12 * runtime.ranks.num_ranks if peak else None,
         surgeon=surgeon,
     )
 

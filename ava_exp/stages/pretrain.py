@@ -7,6 +7,7 @@ import logging
 import statistics
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from ava_exp.generation.sampling import sample_tokens
 from ava_exp.models.decoder import Decoder
 from ava_exp.models.surgery import Surgeon, count_parameters_of
 from ava_exp.optim.update import Updater
-from ava_exp.runtime import Runtime, open_runtime, peak_memory_bytes, reset_peak_memory
+from ava_exp.parallel.ranks import Ranks
+from ava_exp.runtime import Runtime, join_ranks, leave_ranks, open_runtime, peak_memory_bytes, reset_peak_memory
 from ava_exp.stages import assembly
 from ava_exp.stages.runs import INITIAL, InitialWeights, recorded_initial_weights, with_initial_weights
 from ava_exp.tracking.folder import RunFolder, new_attempt, newest_attempt
@@ -40,9 +42,10 @@ from ava_exp.training.checkpoint import (
     set_aside_after,
     sweep_leftovers,
 )
-from ava_exp.training.loop import Outcome, measure_seconds_per_step
+from ava_exp.training.loop import Outcome, Record, measure_seconds_per_step
 from ava_exp.training.saver import (
     CheckpointSaver,
+    random_state,
     restore_snapshot,
     restore_weights,
     seed_random_state,
@@ -59,8 +62,15 @@ ORIGIN = "origin.json"
 
 def run(config: RunConfig) -> int:
     """Train the run that `config` names, or go on with it. Return the exit code."""
+    ranks = join_ranks(config.distributed, config.hardware)
+    config, initial, folder = ranks.from_first(_place(config) if ranks.is_first else None)
+    return train(config, folder, initial, ranks=ranks)
+
+
+def _place(config: RunConfig) -> tuple[RunConfig, InitialWeights | None, RunFolder]:
+    """Decide what the run starts from and where it works: once, for all ranks."""
     config, initial = with_initial_weights(config)
-    return train(config, choose_attempt(config), initial)
+    return config, initial, choose_attempt(config)
 
 
 Measure = Callable[[Decoder, Runtime, PreparedData, int], None]
@@ -68,27 +78,42 @@ Measure = Callable[[Decoder, Runtime, PreparedData, int], None]
 
 
 def train(
-    config: RunConfig, folder: RunFolder, initial: InitialWeights | None = None, measure: Measure | None = None
+    config: RunConfig,
+    folder: RunFolder,
+    initial: InitialWeights | None = None,
+    measure: Measure | None = None,
+    ranks: Ranks | None = None,
 ) -> int:
     """Do what is left of a run in the folder that was chosen for it. Return the exit code.
 
     `initial` is what the configuration's `init_from`, a name with step and fingerprint by now, stands for. `measure` is
-    called when the training has finished, before the report is written.
+    called when the training has finished, before the report is written. Of several `ranks` the first one alone writes.
     """
-    with RunLock(folder.lock), configure_logging(folder), SignalRequests() as requests:
-        if initial is not None and recorded_initial_weights(folder) is None:
-            folder.write_json(INITIAL, initial.record())  # before `latest` leads here
-        folder.point_latest(Path(config.output_dir))
+    ranks = ranks or Ranks()
+    with ExitStack() as stack:
+        if ranks.is_first:
+            stack.enter_context(RunLock(folder.lock))
+            stack.enter_context(configure_logging(folder))
+        requests = stack.enter_context(SignalRequests(tells=ranks.is_first))
+        if ranks.is_first:
+            if initial is not None and recorded_initial_weights(folder) is None:
+                folder.write_json(INITIAL, initial.record())  # before `latest` leads here
+            folder.point_latest(Path(config.output_dir))
         try:
-            return Pretraining(config, folder, requests, initial, measure).run()
+            return Pretraining(config, folder, requests, initial, measure, ranks).run()
         except BaseException as error:
             # The terminal gets it from the command line; here it is for the run's own files.
             logger.debug("the run ended with %s", type(error).__name__, exc_info=True)
-            try:
-                _write_status(folder, RunStatus.failed)
-            except RunFolderError as another:  # on a full disk: what went wrong first is what matters
-                logger.warning("the run's status is not up to date: %s", another)
+            if ranks.is_first:
+                _write_failure(folder)
             raise
+
+
+def _write_failure(folder: RunFolder) -> None:
+    try:
+        _write_status(folder, RunStatus.failed)
+    except RunFolderError as another:  # on a full disk: what went wrong first is what matters
+        logger.warning("the run's status is not up to date: %s", another)
 
 
 def choose_attempt(config: RunConfig) -> RunFolder:
@@ -121,36 +146,40 @@ class Pretraining:
         requests: SignalRequests,
         initial: InitialWeights | None = None,
         measure: Measure | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.config, self.folder, self.requests = config, folder, requests
-        self.initial, self.measure = initial, measure
+        self.initial, self.measure, self.ranks = initial, measure, ranks or Ranks()
         self.output_dir = Path(config.output_dir)
-        self.resolution: dict[str, Any] = folder.read_json("resolution.json") or {}
+        stored = folder.read_json("resolution.json") if self.ranks.is_first else None
+        self.resolution: dict[str, Any] = self.ranks.from_first(stored) or {}
 
     def run(self) -> int:
         """Do what is left to do."""
         runtime = self._open_runtime()  # first: strict hardware is refused for a finished run, too
-        if self._is_finished():
-            _tell(f"This run is finished. Its report: {self.folder.report}")
-            _tell("Raise the budget to train it further, or start again with `resume=never`.")
-            artifacts = [self.folder.report, self.folder.config]
-            self.config.tracker.build().catch_up(self._tracked(), RunStatus.finished, artifacts)
-            return EXIT_OK
-        _tell(f"Run folder: {self.folder.root}")
-        data = assembly.prepare(self.config, _tell)
-        self._describe(runtime)
+        if self.ranks.from_first(self.ranks.is_first and self._is_finished()):
+            return self._say_that_it_is_finished()
+        self._tell(f"Run folder: {self.folder.root}")
+        with self.ranks.first_goes_first():
+            data = assembly.prepare(self.config, self._tell)
+        self._describe()
         total_steps = self._total_steps(runtime, data)
-        seed_random_state(self.config.seed)
+        seed_random_state(self.config.seed, self.ranks.rank)
         reset_peak_memory(runtime.device)
         model = assembly.build_trained_decoder(self.config, runtime)
         updater = assembly.build_updater(self.config, runtime, model)
         surgeon = Surgeon(model, updater)
         state = self._restore(surgeon, data)
+        if not self.ranks.is_first:
+            outcome = self._train(runtime, data, surgeon, updater, state, total_steps)
+            leave_ranks(self.ranks)
+            return EXIT_OK if outcome is Outcome.finished else EXIT_RESUMABLE
         tracker = self.config.tracker.build()
         tracker.start(self._tracked())
         _write_status(self.folder, RunStatus.running, state.step, total_steps)
         try:
             outcome = self._train(runtime, data, surgeon, updater, state, total_steps)
+            leave_ranks(self.ranks)
             finished = outcome is Outcome.finished
             status = RunStatus.finished if finished else RunStatus.stopped
             peak_bytes = peak_memory_bytes(runtime.device)  # of training: what follows copies weights
@@ -168,6 +197,19 @@ class Pretraining:
         tracker.finish(status, [report, self.folder.config])
         return self._say_goodbye(outcome, state, total_steps)
 
+    def _tell(self, text: str) -> None:
+        if self.ranks.is_first:
+            _tell(text)
+
+    def _say_that_it_is_finished(self) -> int:
+        if self.ranks.is_first:
+            _tell(f"This run is finished. Its report: {self.folder.report}")
+            _tell("Raise the budget to train it further, or start again with `resume=never`.")
+            artifacts = [self.folder.report, self.folder.config]
+            self.config.tracker.build().catch_up(self._tracked(), RunStatus.finished, artifacts)
+        leave_ranks(self.ranks)
+        return EXIT_OK
+
     def _is_finished(self) -> bool:
         status = self.folder.read_json("status.json") or {}
         if status.get("status") != RunStatus.finished.value or "tokens_per_epoch" not in self.resolution:
@@ -181,14 +223,18 @@ class Pretraining:
             batch_size=self.config.training.batch_size,
             cache_dir=Path(self.config.cache_dir),
             stored=self.resolution.get("runtime"),
+            ranks=self.ranks,
+            gradient_accumulation_steps=self.config.training.gradient_accumulation_steps,
         )
         for notice in runtime.notices:
-            _tell(notice)
+            self._tell(notice)
         self.resolution["runtime"] = dataclasses.asdict(runtime.resolution)
         return runtime
 
-    def _describe(self, runtime: Runtime) -> None:
+    def _describe(self) -> None:
         """Write what this run is, before anything can go wrong."""
+        if not self.ranks.is_first:
+            return
         text = yaml.safe_dump(redact(to_plain(self.config)), sort_keys=False)
         self.folder.config.write_text(text, encoding="utf-8")
         difference = {key: list(pair) for key, pair in difference_from_default(self.config).items()}
@@ -206,19 +252,20 @@ class Pretraining:
                 updater = assembly.build_updater(self.config, runtime, model)
                 trainer = assembly.build_trainer(self.config, runtime, data, 1000, model=model, updater=updater)
                 times = list(measure_seconds_per_step(trainer))
-                self.resolution["seconds_per_step"] = statistics.median(times[len(times) // 2 :])
-                _tell(f"One step takes {self.resolution['seconds_per_step']:.3f} s (measured once and kept).")
+                self.resolution["seconds_per_step"] = self.ranks.from_first(statistics.median(times[len(times) // 2 :]))
+                self._tell(f"One step takes {self.resolution['seconds_per_step']:.3f} s (measured once and kept).")
             return float(self.resolution["seconds_per_step"])
 
         total = self._resolve_steps(self.resolution, measure)
-        self.folder.write_json("resolution.json", self.resolution)
+        if self.ranks.is_first:
+            self.folder.write_json("resolution.json", self.resolution)
         return total
 
     def _resolve_steps(self, resolution: dict[str, Any], measure: Any = None) -> int:
         counts = assembly.sizes(self.config)
         return resolve_total_steps(
             self.config.budget,
-            tokens_per_step=assembly.tokens_per_step(self.config, resolution["runtime"]["batch_size"]),
+            tokens_per_step=assembly.tokens_per_step(self.config, resolution["runtime"]),
             tokens_per_epoch=resolution["tokens_per_epoch"],
             active_parameters=counts["active"],
             total_parameters=counts["total"],
@@ -227,31 +274,41 @@ class Pretraining:
 
     def _restore(self, surgeon: Surgeon, data: PreparedData) -> TrainState:
         """Put the newest good checkpoint back, if there is one, and let the folder hold nothing that comes after it."""
+        found, reset = self.ranks.from_first(self._newest_checkpoint() if self.ranks.is_first else None)
+        state = TrainState()
+        if found is not None:
+            state = self._read(found, surgeon, data, reset_optimizer=reset)
+        elif self.initial is not None:
+            self._initialize(self.initial, surgeon, data)
+        self.ranks.wait()
+        if self.ranks.is_first:
+            sweep_leftovers(self.folder.checkpoints)
+            set_aside_after(self.folder.checkpoints, state.step)
+            with MetricsFile(self.folder.metrics) as metrics:
+                metrics.cut_back(state.step, state.evaluations)  # what came after the checkpoint is made again
+        return state
+
+    def _newest_checkpoint(self) -> tuple[Path | None, bool]:
+        """Return the checkpoint to go on from, and whether its optimizer may be reset."""
         found, problems = newest_good_checkpoint(self.folder.checkpoints)
         for problem in problems:
             logger.warning(problem)
         if found is not None:
             # An optimizer that was reset when this attempt began at another run's checkpoint is not reset again.
-            state = self._read(found, surgeon, data, reset_optimizer=self.config.resume == "auto")
-        elif origin := self.folder.read_json(ORIGIN):
-            state = self._read(Path(origin["checkpoint"]), surgeon, data, reset_optimizer=True)
-        else:
-            state = TrainState()
-            if self.initial is not None:
-                self._initialize(self.initial, surgeon, data)
-        sweep_leftovers(self.folder.checkpoints)
-        set_aside_after(self.folder.checkpoints, state.step)
-        with MetricsFile(self.folder.metrics) as metrics:
-            metrics.cut_back(state.step, state.evaluations)  # one that was made after the checkpoint is made again
-        return state
+            return found, self.config.resume == "auto"
+        origin = self.folder.read_json(ORIGIN)
+        return (Path(origin["checkpoint"]) if origin else None), True
 
     def _read(self, checkpoint: Path, surgeon: Surgeon, data: PreparedData, *, reset_optimizer: bool) -> TrainState:
         snapshot = read_checkpoint(checkpoint)
         self._check_inputs(snapshot.state.get("fingerprints"), assembly.fingerprints(data))
         reset_optimizer = reset_optimizer and self.config.reset_optimizer
         assert surgeon.updater is not None
-        state = restore_snapshot(snapshot, surgeon.updater, reset_optimizer=reset_optimizer, surgeon=surgeon)
-        _tell(f"Going on from step {state.step} ({checkpoint}){', with a new optimizer' if reset_optimizer else ''}.")
+        state = restore_snapshot(
+            snapshot, surgeon.updater, reset_optimizer=reset_optimizer, surgeon=surgeon, ranks=self.ranks
+        )
+        new = ", with a new optimizer" if reset_optimizer else ""
+        self._tell(f"Going on from step {state.step} ({checkpoint}){new}.")
         return state
 
     def _initialize(self, initial: InitialWeights, surgeon: Surgeon, data: PreparedData) -> None:
@@ -263,7 +320,7 @@ class Pretraining:
             restore_weights(snapshot, surgeon.updater, surgeon)
         except CheckpointError as error:
             raise CheckpointError(f"`init_from` {initial.name} does not fit this run: {error}") from error
-        _tell(f"Starting from the weights of {initial.name}.")
+        self._tell(f"Starting from the weights of {initial.name}.")
 
     def _check_inputs(self, saved: Any, present: dict[str, str]) -> None:
         known = saved if isinstance(saved, dict) else {}
@@ -295,23 +352,28 @@ class Pretraining:
         state: TrainState,
         total_steps: int,
     ) -> Outcome:
-        settings = self.config.checkpoint
+        settings, ranks = self.config.checkpoint, self.ranks
         saver = CheckpointSaver(
             self.folder.checkpoints, num_best=settings.save_total_limit, asynchronous=settings.asynchronous
         )
         extra = {"fingerprints": assembly.fingerprints(data), "run": self.folder.root.name}
-        with (
-            MetricsFile(self.folder.metrics) as metrics,
-            open_view(total_steps, self._title(total_steps, surgeon.model)) as view,
-        ):
+        with ExitStack() as stack:
+            sinks: list[Callable[[Record], None]] = []
+            if ranks.is_first:
+                metrics = stack.enter_context(MetricsFile(self.folder.metrics))
+                view = stack.enter_context(open_view(total_steps, self._title(total_steps, surgeon.model)))
+                sinks = [metrics.append, view.update, RecordLog(total_steps).append]
 
             def save(state: TrainState) -> None:
+                drawn = ranks.gather(random_state())
+                if not ranks.is_first:
+                    return
                 try:
                     metrics.sync()
                 except OSError as error:  # worth less than the checkpoint that follows
                     logger.warning("metrics up to step %d may not survive a loss of power: %s", state.step, error)
                 copy = settings.asynchronous and state.step < total_steps
-                saver.save(take_snapshot(updater, state, extra, surgeon, copy=copy), state.evaluations)
+                saver.save(take_snapshot(updater, state, extra, surgeon, copy=copy, drawn=drawn), state.evaluations)
 
             trainer = assembly.build_trainer(
                 self.config,
@@ -322,9 +384,9 @@ class Pretraining:
                 updater=updater,
                 surgeon=surgeon,
                 state=state,
-                is_stopping=lambda: self.requests.stop is not None,
+                is_stopping=lambda: ranks.largest([self.requests.stop is not None]) == [True],
                 save=save,
-                sinks=(metrics.append, view.update, RecordLog(total_steps).append),
+                sinks=sinks,
             )
             try:
                 outcome = trainer.fit(self.requests)
@@ -336,7 +398,9 @@ class Pretraining:
     def _title(self, total_steps: int, model: Decoder) -> list[str]:
         parameters = count_parameters_of(model)
         size = f"{parameters.total / 1e6:.1f} M parameters, {parameters.active / 1e6:.1f} M active"
-        return [f"{self.folder.root.name}: {size}, {self.resolution['runtime']['precision']}, {total_steps} steps"]
+        shape = f"{self.ranks.num_ranks} ranks, " if self.ranks.num_ranks > 1 else ""
+        precision = self.resolution["runtime"]["precision"]
+        return [f"{self.folder.root.name}: {size}, {shape}{precision}, {total_steps} steps"]
 
     def _write_samples(self, model: Decoder, data: PreparedData) -> None:
         prompt = self.config.evaluation.sample_prompt

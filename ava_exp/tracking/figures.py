@@ -30,7 +30,7 @@ from ava_exp.tracking.plotting import (
 )
 from ava_exp.tracking.position_figure import draw_positions
 from ava_exp.tracking.positions import PositionReport
-from ava_exp.tracking.router_figures import draw_balance, draw_experts, draw_specialisation
+from ava_exp.tracking.router_figures import draw_balance, draw_experts, draw_heads, draw_specialisation
 
 BASELINES = {"gzip": ("gzip -9", "--"), "xz": ("xz", ":")}
 
@@ -148,6 +148,7 @@ FIGURES: dict[str, tuple[Callable[[History], bool], Callable[[History], Figure]]
     "optimisation": (lambda history: bool(history.train), draw_optimisation),
     "throughput": (lambda history: bool(history.train), draw_throughput),
     "experts": (lambda history: bool(history.routed), draw_experts),
+    "heads": (lambda history: bool(history.headed), draw_heads),
     "balance": (lambda history: bool(history.routed), draw_balance),
     "specialisation": (lambda history: bool(history.by_source), draw_specialisation),
     "positions": (lambda history: history.positions is not None, _positions),

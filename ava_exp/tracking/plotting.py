@@ -56,6 +56,8 @@ class History:
     """Of a run that extended another's context."""
     depths: list[Record] = field(default_factory=list)
     """The evaluations that tell what tokens skip."""
+    headed: list[Record] = field(default_factory=list)
+    """The `train` records that tell which attention heads tokens choose."""
 
 
 def read_history(folder: RunFolder) -> History:
@@ -67,6 +69,7 @@ def read_history(folder: RunFolder) -> History:
         evaluations=evaluations,
         routed=[record for record in train if record.get("expert_load")],
         by_source=[record for record in evaluations if record.get("source_load")],
+        headed=[record for record in train if record.get("head_load")],
         depths=[record for record in evaluations if record.get("mod_layers")],
         baselines=folder.read_json("summary.json", {}).get("baselines") or {},
         positions=PositionReport.read(folder),

@@ -28,6 +28,7 @@ CAPTIONS = {
     "optimisation": "The size of the steps the optimizer takes, and the length of the gradient before it is clipped.",
     "throughput": "Training speed, and the share of the device's peak arithmetic that goes into the model.",
     "experts": "Which experts of every layer the tokens went to: white is the balanced share, red more, blue less.",
+    "heads": "Which routed attention heads of every layer the tokens chose: white is the balanced share.",
     "balance": "How the visits of tokens are spread over each layer's experts, which visits found no room, and churn: "
     "what share of the same tokens' choices changed from one evaluation to the next.",
     "specialisation": "Validation text by where it is from: red experts are visited by it more often than by all text, "

@@ -30,27 +30,36 @@ ENTROPY = "routing entropy\n(share of the most possible)"
 
 def draw_experts(history: History) -> Figure:
     """Share of visits by expert and time, one panel a layer, in units of the balanced share."""
-    steps = [record["step"] for record in history.routed]
-    layers = evenly(len(history.routed[0]["expert_load"]), MAX_LAYERS)
-    loads = [_loads(history.routed, layer) for layer in layers]
+    return _draw_loads(history.routed, "expert_load", "expert", "Expert utilisation by layer and time")
+
+
+def draw_heads(history: History) -> Figure:
+    """The same for the routed heads of a mixture of heads."""
+    return _draw_loads(history.headed, "head_load", "routed head", "Use of routed attention heads by layer and time")
+
+
+def _draw_loads(records: Sequence[Record], name: str, kind: str, title: str) -> Figure:
+    steps = [record["step"] for record in records]
+    layers = evenly(len(records[0][name]), MAX_LAYERS)
+    loads = [_loads([record[name][layer] for record in records]) for layer in layers]
     alike = len({load.shape[1] for load in loads}) == 1
     figure, axes = _panels(len(layers), height=1.3, sharey=alike)
     norm = _around_one(np.concatenate([load.ravel() for load in loads]))
     for axis, layer, load in zip(axes, layers, loads, strict=True):
         extent = (steps[0] - 0.5, steps[-1] + 0.5, load.shape[1] - 0.5, -0.5)
         image = _heat_map(axis, _columns(load).T, norm, f"layer {layer}", extent=extent)
-        axis.set_ylabel("expert")
+        axis.set_ylabel(kind)
         axis.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         if alike:
             axis.label_outer()
-    _label(figure, "Expert utilisation by layer and time", "step")
+    _label(figure, title, "step")
     figure.colorbar(image, ax=axes, label="× balanced share", pad=0.02)
     return figure
 
 
-def _loads(records: Sequence[Record], layer: int) -> np.ndarray:
+def _loads(shares: Sequence[Sequence[float]]) -> np.ndarray:
     """Return (steps, experts); where a layer had fewer experts than at another time there is no number."""
-    rows = [relative_load(record["expert_load"][layer]) for record in records]
+    rows = [relative_load(share) for share in shares]
     loads = np.full((len(rows), max(map(len, rows))), np.nan)
     for place, row in zip(loads, rows, strict=True):
         place[: len(row)] = row

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ava_exp.nn.mod.depth import Depth
+from ava_exp.parallel.ranks import Ranks
 
 
 @dataclass(kw_only=True, slots=True)
@@ -36,6 +37,14 @@ class DepthTally:
             layer.num_sequences += depth.num_sequences
             layer.num_tokens += depth.num_tokens
             layer.num_processed += depth.num_processed
+
+    def add_up(self, ranks: Ranks) -> None:
+        """Make the sums those of all ranks."""
+        names = ("num_sequences", "num_tokens", "num_processed")
+        sums = ranks.sums([getattr(layer, name) for layer in self.layers for name in names])
+        for index, layer in enumerate(self.layers):
+            for place, name in enumerate(names):
+                setattr(layer, name, sums[3 * index + place])
 
     @property
     def num_processed(self) -> int:

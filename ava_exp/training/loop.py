@@ -6,6 +6,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
+from signal import Signals
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ava_exp.config.surgery import SETTINGS, SurgeryKind, SurgeryOperation
 from ava_exp.data.loader import Batch, BatchLoader
-from ava_exp.errors import UserError
+from ava_exp.errors import ConfigError, UserError
 from ava_exp.evaluation.language import LanguageMetrics
 from ava_exp.losses.terms import LossTerm, require_balance_loss
 from ava_exp.models.arithmetic import StepFlops
@@ -22,8 +23,11 @@ from ava_exp.models.decoder import Decoder
 from ava_exp.models.surgery import Surgeon, SurgeryReport
 from ava_exp.optim.schedules import Schedule
 from ava_exp.optim.update import Updater
+from ava_exp.parallel.ranks import Ranks
+from ava_exp.parallel.strategy import Alone
 from ava_exp.training.depth import DepthTally
 from ava_exp.training.history import RoutingHistory
+from ava_exp.training.objective import Objective
 from ava_exp.training.signals import SignalRequests
 from ava_exp.training.state import TrainState
 from ava_exp.training.step import StepMetrics, train_step
@@ -45,7 +49,7 @@ class Trainer(ExpertSurgery):
 
     `sinks` receive every record as it happens; `evaluate(final)` measures the model, or returns None where a signal
     cut it short; `save(state)` keeps it.
-    `surgeon` knows what was done to the model's experts before.
+    `surgeon` knows what was done to the model's experts before, `strategy` how several ranks train together.
     `peak_flops` (FLOP/s) and `flops` give the share of the peak that is used (MFU), by the visits that experts had and
     the tokens that layers processed.
     """
@@ -73,6 +77,7 @@ class Trainer(ExpertSurgery):
         flops: StepFlops | None = None,
         peak_flops: float | None = None,
         surgeon: Surgeon | None = None,
+        strategy: Alone | None = None,
     ) -> None:
         self.model, self.loader, self.updater, self.schedule, self.terms = model, loader, updater, schedule, terms
         self.total_steps, self.state = total_steps, state or TrainState()
@@ -85,6 +90,7 @@ class Trainer(ExpertSurgery):
         self.tally, self.visits, self.depths = ExpertTally(), list[LayerVisits](), DepthTally()
         self.compute_savings = 0.0
         self.surgeon = surgeon or Surgeon(model, updater)
+        self.strategy = strategy or Alone(Objective(model, terms, Ranks()), updater)
 
     def fit(self, requests: SignalRequests | None = None) -> Outcome:
         """Train until the budget is spent, or until a signal asks to stop; then the state has been saved."""
@@ -94,12 +100,12 @@ class Trainer(ExpertSurgery):
             self.model.mod_capacity = self.state.mod_capacity  # what an evaluation that is made up for goes by
         made_up = self._make_up_for_evaluation()
         saved_step = None if made_up else self.state.step
-        while self.state.step < self.total_steps and requests.stop is None:
+        while self.state.step < self.total_steps and not self._is_asked_to_stop(requests):
             batches = self.loader.micro_batches(self.state.step)
             metrics, seconds = self._step(batches)
             self._observe(metrics, seconds, batches)
             done = self.state.step == self.total_steps
-            self._emit(self._train_record(metrics, seconds, batches), self.state.step % self.log_interval == 0 or done)
+            self._emit(self._train_record(metrics, seconds), self.state.step % self.log_interval == 0 or done)
             if done or self._is_due(self.evaluation_interval):
                 self._evaluate(final=done)
             if done or requests.save or self._is_due(self.save_interval):
@@ -109,6 +115,12 @@ class Trainer(ExpertSurgery):
         if self.state.step != saved_step:  # a signal may come at any line: what it stopped is saved out here
             self._save()
         return Outcome.stopped if requests.stop else Outcome.finished
+
+    def _is_asked_to_stop(self, requests: SignalRequests) -> bool:
+        """Let what any rank was asked count for all, so that they stop and save at the same step."""
+        stop, save = self.strategy.ranks.largest([requests.stop or 0, requests.save])
+        requests.stop, requests.save = Signals(stop) if stop else None, bool(save)
+        return requests.stop is not None
 
     def get_expert_statistics(self) -> dict[str, Any]:
         """Return what the routers did in the last step, by layer and in all: see `ExpertTally.statistics`."""
@@ -139,6 +151,8 @@ class Trainer(ExpertSurgery):
 
     def operate(self, operation: SurgeryOperation) -> SurgeryReport:
         """Do an operation on experts between two steps, and put it on record. Raises ConfigError when it cannot be."""
+        if self.strategy.ranks.num_ranks > 1:
+            raise ConfigError("experts of a model that several ranks train stay as they are; operate with one process.")
         if operation.operation is SurgeryKind.scale_load_balancing:
             require_balance_loss(self.terms)
         batches = self.loader.micro_batches(self.state.step)
@@ -169,6 +183,7 @@ class Trainer(ExpertSurgery):
             max_norm=self.gradient_clip_val,
             device=self.device,
             backward=self.backward,
+            strategy=self.strategy,
         )
         return metrics, time.perf_counter() - started
 
@@ -200,7 +215,7 @@ class Trainer(ExpertSurgery):
     def _learning_rate(self, step: int) -> float:
         return self.updater.peak_learning_rate * self.schedule.factor(step)
 
-    def _train_record(self, metrics: StepMetrics, seconds: float, batches: list[Batch]) -> Record:
+    def _train_record(self, metrics: StepMetrics, seconds: float) -> Record:
         rate = metrics.num_tokens / seconds
         record: Record = {
             "kind": "train",
@@ -212,7 +227,7 @@ class Trainer(ExpertSurgery):
             "grad_norm": metrics.grad_norm,
             "tokens_per_s": rate,
             "mfu": self._mfu(metrics, seconds),
-            "sample_crc32": zlib.crc32(np.concatenate([batch.sample_ids for batch in batches]).tobytes()),
+            "sample_crc32": zlib.crc32(self.loader.samples_of_all_ranks(self.state.step - 1).tobytes()),
             "skipped": not metrics.applied,
         }
         if metrics.head_counts:
@@ -285,6 +300,7 @@ class Trainer(ExpertSurgery):
         )
 
     def _save(self) -> None:
+        self.strategy.verify()
         if self.save is not None:
             self.save(self.state)
 

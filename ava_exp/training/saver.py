@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from ava_exp.errors import CheckpointError, must_be
 from ava_exp.models.surgery import Surgeon
 from ava_exp.optim.update import Updater
+from ava_exp.parallel.ranks import Ranks
 from ava_exp.training.checkpoint import Snapshot, prune_checkpoints, write_checkpoint
 from ava_exp.training.history import RoutingHistory
 from ava_exp.training.state import TrainState
@@ -102,18 +104,20 @@ def take_snapshot(
     surgeon: Surgeon | None = None,
     *,
     copy: bool = True,
+    drawn: Sequence[tuple[dict[str, Tensor], dict[str, Any]]] | None = None,
 ) -> Snapshot:
     """Gather everything resumable. With `copy` training can go on while it is written; without it needs no memory, and
-    must be written before anything changes: a save that fails and is repeated is made up for by the next one.
+    must be written before anything changes: a save that fails and is repeated is made up for by the next one. `drawn`
+    are the random states of all ranks, this one's alone by default.
     """
     optimizer_tensors, optimizer_numbers = updater.optimizer_state()
     state.loss_scale, state.loss_scale_good_steps = updater.loss_scale.scale, updater.loss_scale.good_steps
-    random_tensors, random_numbers = random_state()
+    drawn = drawn or [random_state()]
     weights = {**updater.weights, **updater.buffers}
     tensors = {
         "model": _copies(weights) if copy else weights,
         "optimizer": _copies(optimizer_tensors) if copy else optimizer_tensors,
-        "random": random_tensors,
+        **{_random(rank): tensors for rank, (tensors, _) in enumerate(drawn)},
     }
     if routing := state.routing.to_tensors():
         tensors["routing"] = routing
@@ -125,17 +129,34 @@ def take_snapshot(
     return Snapshot(
         step=state.step,
         tensors=tensors,
-        state={"train": state.to_json(), "optimizer": optimizer_numbers, "random": random_numbers, **extra},
+        state={
+            "train": state.to_json(),
+            "optimizer": optimizer_numbers,
+            **{_random(rank): numbers for rank, (_, numbers) in enumerate(drawn)},
+            **extra,
+        },
     )
 
 
+def _random(rank: int) -> str:
+    """Return under which name a rank's random state is kept."""
+    return f"random_{rank}" if rank else "random"
+
+
 def restore_snapshot(
-    snapshot: Snapshot, updater: Updater, *, reset_optimizer: bool, surgeon: Surgeon | None = None
+    snapshot: Snapshot,
+    updater: Updater,
+    *,
+    reset_optimizer: bool,
+    surgeon: Surgeon | None = None,
+    ranks: Ranks | None = None,
 ) -> TrainState:
     """Put a snapshot back into a model and its optimizer. Raises CheckpointError when it does not fit them.
 
-    With the model's `surgeon` the model gets the shape that surgery gave the saved one.
+    With the model's `surgeon` the model gets the shape that surgery gave the saved one. Where others than the saved
+    `ranks` go on, each but the first draws anew.
     """
+    ranks = ranks or Ranks()
     restore_weights(snapshot, updater, surgeon)
     try:
         routing = RoutingHistory.from_tensors(snapshot.tensors.get("routing", {}))
@@ -143,7 +164,11 @@ def restore_snapshot(
         if not reset_optimizer:
             updater.load_optimizer_state(snapshot.tensors["optimizer"], snapshot.state["optimizer"])
             updater.loss_scale.scale, updater.loss_scale.good_steps = state.loss_scale, state.loss_scale_good_steps
-        restore_random_state(snapshot.tensors["random"], snapshot.state["random"])
+        own = _random(ranks.rank)
+        if own == "random" or own in snapshot.tensors:
+            restore_random_state(snapshot.tensors[own], snapshot.state[own])
+        else:
+            seed_random_state(snapshot.step, ranks.rank)
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
         raise CheckpointError(f"the checkpoint of step {snapshot.step} does not fit this run: {error!r}.") from error
     return state
@@ -195,8 +220,12 @@ def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, {"numpy": [kind, position, has_gauss, gauss], "python": [version, gauss_next]}
 
 
-def seed_random_state(seed: int) -> None:
-    """Start every generator that `random_state` returns: a run killed before its first checkpoint starts the same."""
+def seed_random_state(seed: int, rank: int = 0) -> None:
+    """Start every generator that `random_state` returns: a run killed before its first checkpoint starts the same.
+
+    Every rank starts elsewhere.
+    """
+    seed += rank * 0x9E3779B1
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)

@@ -8,14 +8,16 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, *(getattr(signal, n) for n in ("SIGUSR2",) if hasattr(signal, n)))
 SAVE_SIGNALS = tuple(getattr(signal, name) for name in ("SIGUSR1",) if hasattr(signal, name))
 
 
 class SignalRequests:
-    """SIGTERM and SIGINT: save and stop. SIGUSR1: save and go on. Further signals never interrupt a save."""
+    """SIGTERM, SIGINT and SIGUSR2, a scheduler's warning: save and stop. SIGUSR1: save and go on. Further signals never
+    interrupt a save. `tells` says whether the user is answered."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, tells: bool = True) -> None:
+        self.tells = tells
         self.stop: signal.Signals | None = None
         self.save = False
         self._previous: dict[int, Any] = {}
@@ -35,7 +37,7 @@ class SignalRequests:
         if number in SAVE_SIGNALS:
             self.save = True
             return
-        if self.stop is None:
+        if self.stop is None and self.tells:
             _tell(f"{signal.Signals(number).name}: saving after this step, then stopping.\n")
         self.stop = signal.Signals(number)
 

@@ -9,17 +9,20 @@ import torch
 from torch import Tensor
 
 from ava_exp.data.loader import IGNORED, Batch
-from ava_exp.losses.terms import LossTerm, StepContext
+from ava_exp.losses.terms import LossTerm
 from ava_exp.models.decoder import Decoder
 from ava_exp.optim.update import Updater
+from ava_exp.parallel.ranks import Ranks
+from ava_exp.parallel.strategy import Alone
 from ava_exp.training.depth import DepthTally
+from ava_exp.training.objective import Objective, StepTally
 from ava_exp.training.tally import ExpertTally
 
 
 @dataclass(kw_only=True, slots=True)
 class StepMetrics:
-    """What one step did. `losses` are unweighted means over the step; `tally` is what its routers did, `depths` what
-    tokens skipped."""
+    """What one step did, on all ranks. `losses` are unweighted means over the step; `tally` is what its routers did,
+    `depths` what tokens skipped."""
 
     losses: dict[str, float]
     grad_norm: float
@@ -42,50 +45,38 @@ def train_step(
     max_norm: float,
     device: torch.device,
     backward: Callable[[Tensor], None],
+    strategy: Alone | None = None,
 ) -> StepMetrics:
     """Accumulate the gradient of the weighted terms over `micro_batches`, apply it once, and let routers adapt.
 
     `progress` is the share of the budget that is spent, on which the weights of terms may depend, and the share of
-    tokens that layers process.
+    tokens that layers process. `strategy` says how several ranks do this together; each has its own micro-batches.
     """
+    strategy = strategy or Alone(Objective(model, terms, Ranks()), updater)
+    ranks = strategy.ranks
     model.anneal(progress)
-    num_tokens = sum(int((batch.labels != IGNORED).sum()) for batch in micro_batches)
+    (num_tokens,) = ranks.sums([sum(int((batch.labels != IGNORED).sum()) for batch in micro_batches)])
     sums = torch.zeros(len(terms), device=device)
-    weighted = [(term, term.weight_at(progress)) for term in terms]
-    weights = torch.tensor([weight for _, weight in weighted], device=device)
-    tally, depths, head_counts = ExpertTally(), DepthTally(), list[Tensor]()
-    for batch in micro_batches:
-        input_ids = batch.input_ids.to(device, non_blocking=True)
-        output = model(input_ids, **batch.masks_on(device))
-        labels = batch.labels.to(device, non_blocking=True)
-        tally.add(output.routings)
-        head_counts = _added(head_counts, [routing.counts for routing in output.head_routings])
-        depths.add(output.depths)
-        context = StepContext(
-            num_tokens=num_tokens,
-            loss_scale=updater.loss_scale.scale,
-            chosen_counts=[layer.chosen_counts for layer in tally.layers],
-            input_ids=input_ids,
-            terms=weighted,
-        )
-        values = torch.stack([term(output, labels, context) for term in terms])
-        backward((values * weights).sum() * updater.loss_scale.scale)
-        updater.collect_gradients()
+    own_weights = [term.weight_at(progress) for term in terms]
+    weights = torch.tensor(own_weights, device=device)
+    tally, scale = StepTally(), updater.loss_scale.scale
+    for number, batch in enumerate(micro_batches, start=1):
+        with strategy.accumulate(is_last=number == len(micro_batches)):
+            values = strategy.objective(batch, own_weights, num_tokens, scale, tally)
+            backward((values * weights).sum() * scale)
         sums += values.detach()
     norm, applied = updater.apply(learning_rate, max_norm)
+    tally.complete(ranks)
     if applied:
-        tally.adapt(model)
+        tally.experts.adapt(model)
+    (sums,) = ranks.add_up([sums])
     losses = {term.name: value for term, value in zip(terms, sums.tolist(), strict=True)}
     return StepMetrics(
         losses=losses,
         grad_norm=norm,
         applied=applied,
         num_tokens=num_tokens,
-        tally=tally,
-        head_counts=head_counts,
-        depths=depths,
+        tally=tally.experts,
+        head_counts=tally.head_counts,
+        depths=tally.depths,
     )
-
-
-def _added(so_far: list[Tensor], counts: list[Tensor]) -> list[Tensor]:
-    return [one + other for one, other in zip(so_far, counts, strict=True)] if so_far else counts

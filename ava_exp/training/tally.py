@@ -12,6 +12,7 @@ from torch import Tensor
 from ava_exp.losses.balance import load_balancing_loss
 from ava_exp.models.decoder import Decoder
 from ava_exp.nn.moe.routing import Routing
+from ava_exp.parallel.ranks import Ranks
 from ava_exp.tracking.experts import expert_summary
 
 
@@ -94,6 +95,22 @@ class ExpertTally:
         self.num_micro_batches += 1
         added = [LayerTally.of(routing) for routing in routings]
         self.layers = [one + other for one, other in zip(self.layers, added, strict=True)] if self.layers else added
+
+    def add_up(self, ranks: Ranks) -> None:
+        """Make the sums those of all ranks; what tokens chose already is."""
+        if ranks.num_ranks == 1 or not self.layers:
+            return
+        self.num_micro_batches *= ranks.num_ranks
+        num_tokens = ranks.sums([layer.num_tokens for layer in self.layers])
+        observed = [layer for layer in self.layers if layer.observed is not None]
+        values = [layer.counts for layer in self.layers] + [layer.probability_sums for layer in self.layers]
+        sums = iter(ranks.add_up([*values, *(layer.observed for layer in observed if layer.observed is not None)]))
+        for layer, number in zip(self.layers, num_tokens, strict=True):
+            layer.num_tokens, layer.counts = number, next(sums)
+        for layer in self.layers:
+            layer.probability_sums = next(sums)
+        for layer in observed:
+            layer.observed = next(sums)
 
     def adapt(self, model: Decoder) -> None:
         """Let every router learn from the whole step."""

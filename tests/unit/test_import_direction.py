@@ -20,7 +20,7 @@ LAYERS = (
     {"nn"},
     {"losses", "optim"},
     {"models"},
-    {"generation", "evaluation", "export", "tracking", "runtime"},
+    {"generation", "evaluation", "export", "tracking", "parallel", "runtime"},
     {"training"},
     {"alignment", "control"},
     {"stages"},

@@ -58,9 +58,7 @@ def test_the_cpu_that_is_asked_for_is_taken_without_a_word(tmp_path: Path) -> No
 def test_several_devices_become_one_with_a_notice(tmp_path: Path) -> None:
     found = opened(tmp_path, num_devices=8)
     assert found.hardware.num_devices == 1
-    assert found.notices == [
-        "`hardware.num_devices` is 8, but a run is one process on one device in this version: running on one."
-    ]
+    assert found.notices == ["`hardware.num_devices` is 8, but one process was started: running on one."]
 
 
 def test_several_devices_are_refused_where_hardware_is_strict(tmp_path: Path) -> None:
@@ -136,11 +134,11 @@ def test_gpus_are_known_by_name(machine: str, expected: str) -> None:
 def test_apple_chips_are_known_by_name(monkeypatch: pytest.MonkeyPatch, chip: str, expected: str) -> None:
     monkeypatch.setattr(runtime, "cpu_model", lambda: chip)
     asked = read_option("hardware", "m1_max", HardwareConfig)
-    found, notices = runtime._match_hardware(asked, DeviceType.mps)
+    found, notices = runtime._match_hardware(asked, DeviceType.mps, 1)
     assert found.name == expected
     assert [f"which has an Apple GPU ({chip})" in notice for notice in notices] == [True] * (expected != "m1_max")
     generic = read_option("hardware", "mps", HardwareConfig)
-    assert runtime._match_hardware(generic, DeviceType.mps) == (generic, [])
+    assert runtime._match_hardware(generic, DeviceType.mps, 1) == (generic, [])
 
 
 def test_every_gpu_of_the_configuration_is_known() -> None:
@@ -148,10 +146,28 @@ def test_every_gpu_of_the_configuration_is_known() -> None:
     assert single - {"auto", "cpu", "mps"} == set(runtime.GPU_NAMES)
 
 
-def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="one process"):
-        opened(tmp_path)
+@pytest.mark.parametrize(
+    ("stored", "ranks", "expected"),
+    [
+        ({"batch_size": 8}, 2, (4, 1)),
+        ({"batch_size": 8}, 3, None),
+        ({"batch_size": 4, "num_ranks": 2}, 1, (4, 2)),
+        ({"batch_size": 4, "num_ranks": 2, "gradient_accumulation_steps": 3}, 4, (3, 2)),
+        ({"batch_size": 2, "num_ranks": 5}, 2, (1, 5)),
+    ],
+)
+def test_other_ranks_share_the_sequences_of_a_step(
+    stored: dict[str, int], ranks: int, expected: tuple[int, int] | None
+) -> None:
+    resolution = runtime.Resolution(
+        device="cpu", hardware="cpu", precision="fp32", batch_size=8, num_threads=1, peak_tflops=None, num_ranks=ranks
+    )
+    if expected is None:
+        with pytest.raises(ConfigError, match="8 sequences a step, which 3 ranks cannot share evenly"):
+            runtime._share_sequences(resolution, stored, 1)
+        return
+    runtime._share_sequences(resolution, stored, 1)
+    assert (resolution.batch_size, resolution.gradient_accumulation_steps) == expected
 
 
 def test_the_best_rate_that_was_ever_measured_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,6 +48,17 @@ def test_a_sample_is_its_tokens_and_labels_are_the_next_ones(counting: MakeDatas
         assert torch.equal(batch.labels, batch.input_ids + 1)
 
 
+@pytest.mark.parametrize(("accumulation", "num_ranks", "batch_size"), [(1, 1, 12), (3, 2, 2), (1, 4, 3), (6, 1, 2)])
+def test_a_step_has_the_same_samples_however_they_are_shared(
+    counting: MakeDataset, accumulation: int, num_ranks: int, batch_size: int
+) -> None:
+    data, expected = counting(801), BatchLoader(counting(801), 8, 12, 1, seed=3).samples_of_all_ranks(7)
+    loaders = [BatchLoader(data, 8, batch_size, accumulation, 3, rank, num_ranks) for rank in range(num_ranks)]
+    assert all(np.array_equal(loader.samples_of_all_ranks(7), expected) for loader in loaders)
+    own = np.stack([loader.sample_ids(7) for loader in loaders], axis=1)
+    assert np.array_equal(own.ravel(), expected)
+
+
 def test_an_epoch_reads_every_sample_once_and_the_next_in_another_order(counting: MakeDataset) -> None:
     loader = BatchLoader(counting(801), 8, 5, 2, seed=0)
     assert (loader.num_samples, loader.global_batch_size, loader.steps_per_epoch) == (100, 10, 10.0)

@@ -527,6 +527,9 @@ class Texts:
     def micro_batches(self, step: int) -> list[Batch]:
         return batches(step)
 
+    def samples_of_all_ranks(self, step: int) -> np.ndarray:
+        return np.concatenate([batch.sample_ids for batch in self.micro_batches(step)])
+
 
 def trainer_of(patient: Patient, state: TrainState | None = None, **more: Any) -> tuple[Trainer, list[dict[str, Any]]]:
     records: list[dict[str, Any]] = []

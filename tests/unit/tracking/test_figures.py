@@ -72,6 +72,21 @@ def test_experts_are_drawn_by_layer_and_time(run_folder: RunFolder) -> None:
     np.testing.assert_allclose(picture, expected)
 
 
+def test_routed_heads_are_drawn_as_experts_are(tmp_path: Path, fake_records: Records) -> None:
+    folder = RunFolder(tmp_path).create()
+    assert "heads.png" not in {path.name for path in write_figures(folder)}
+    with MetricsFile(folder.metrics) as metrics:
+        for record in fake_records(10, num_layers=2):
+            if record["kind"] == "train":
+                record["head_load"] = record.pop("expert_load")
+            metrics.append(record)
+    history = read_history(folder)
+    axes = [axis for axis in router_figures.draw_heads(history).axes if axis.images]
+    expected = np.array([record["head_load"][1] for record in history.headed]).T * 8
+    np.testing.assert_allclose(np.asarray(axes[1].images[0].get_array()), expected)
+    assert "heads.png" in {path.name for path in write_figures(folder)}
+
+
 @pytest.mark.filterwarnings("error")
 def test_layers_of_different_sizes_that_change_on_the_way(tmp_path: Path, fake_records: Records) -> None:
     folder = RunFolder(tmp_path).create()

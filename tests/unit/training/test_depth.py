@@ -55,6 +55,9 @@ class Loader:
     def micro_batches(self, step: int) -> list[Batch]:
         return self.batches
 
+    def samples_of_all_ranks(self, step: int) -> np.ndarray:
+        return np.concatenate([batch.sample_ids for batch in self.micro_batches(step)])
+
 
 def trainer_of(
     mod: ModConfig, sparsity: SparsityConfig = MOE, loader: Loader | None = None, **settings: Any

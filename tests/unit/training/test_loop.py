@@ -34,6 +34,9 @@ class Loader:
         tokens = torch.zeros(1, 1, dtype=torch.int64)
         return [Batch(input_ids=tokens, labels=tokens, sample_ids=np.array([step]))]
 
+    def samples_of_all_ranks(self, step: int) -> np.ndarray:
+        return np.concatenate([batch.sample_ids for batch in self.micro_batches(step)])
+
 
 class Updater:
     peak_learning_rate = 1.0
@@ -133,9 +136,8 @@ def test_a_record_has_the_share_of_choices_that_every_routed_head_got() -> None:
     loop = Loop(SignalRequests())
     loop.state.step = 1
     metrics, seconds = loop._step([])
-    batches = loop.loader.micro_batches(0)
-    assert "head_load" not in loop._train_record(metrics, seconds, batches)
+    assert "head_load" not in loop._train_record(metrics, seconds)
     metrics.head_counts = [torch.tensor([1, 3]), torch.tensor([4, 4])]
-    record = loop._train_record(metrics, seconds, batches)
+    record = loop._train_record(metrics, seconds)
     assert record["head_load"] == [[0.25, 0.75], [0.5, 0.5]]
     assert "train/head_load" not in metric_values(record), "lists are no metrics of a tracker"

@@ -185,6 +185,9 @@ class Loader:
     def micro_batches(self, step: int) -> list[Batch]:
         return batches(2, 4)
 
+    def samples_of_all_ranks(self, step: int) -> np.ndarray:
+        return np.concatenate([batch.sample_ids for batch in self.micro_batches(step)])
+
 
 def trained(sparsity: MoEConfig | DenseConfig) -> tuple[Trainer, list[Record]]:
     model = build_model(Architecture(DIMENSIONS, GroupedAttentionConfig(), sparsity), seed=1)

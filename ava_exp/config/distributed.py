@@ -1,0 +1,24 @@
+"""Configuration of how several processes train one model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Backend(Enum):
+    """What keeps ranks together: `single` is one process, `ddp` a copy of the model on every rank, whose gradients are
+    added up. `auto` is `single` for one rank and `ddp` for several."""
+
+    auto = "auto"
+    single = "single"
+    ddp = "ddp"
+
+
+@dataclass(kw_only=True, slots=True)
+class DistributedConfig:
+    """How ranks, one process for every device, train together. How many they are is `hardware.num_devices`."""
+
+    backend: Backend = Backend.auto
+    timeout_s: float = 1800.0
+    """How long a rank waits for the others before it gives up."""
