@@ -66,10 +66,10 @@ class Importance:
 def importances(points: Sequence[Point]) -> list[Importance]:
     """Return the importance of every swept parameter, the greatest first.
 
-    It is the share of the variance between the means of its values, as epsilon squared: with n points at k values,
-    sums of squares within values and in all, `1 - (n - 1) / (n - k) * within / all`, not below 0. Unlike the plain
-    share (eta squared) it is 0 on average for a parameter without effect. Numbers with many values are cut into as many
-    bins of equal size as the root of n.
+    It is the share of the variance between the means of its values, as epsilon squared [kelley1935unbiased]: with n
+    points at k values, and sums of squares within values and in all, `1 - (n - 1) / (n - k) * within / all`, not below
+    0. Unlike the plain share (eta squared) it is 0 on average for a parameter without effect. Numbers with many values
+    are cut into as many bins of equal size as the root of n.
     """
     finished = [point for point in points if point.value is not None and math.isfinite(point.value)]
     keys = list(finished[0].choices) if finished else []

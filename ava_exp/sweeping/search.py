@@ -1,4 +1,4 @@
-"""Points that Optuna chooses, one after the other, from how the earlier ones went."""
+"""Points that Optuna [akiba2019optuna] chooses, one after the other, from how the earlier ones went."""
 
 from __future__ import annotations
 
