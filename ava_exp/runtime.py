@@ -32,8 +32,10 @@ from ava_exp.config.machine import DeviceType, HardwareConfig, Precision, Precis
 from ava_exp.config.options import read_option
 from ava_exp.config.validate import precision_faults, raise_if_fatal
 from ava_exp.errors import ConfigError
+from ava_exp.models.decoder import Decoder
 from ava_exp.optim.update import Updater
 from ava_exp.parallel.ranks import Ranks
+from ava_exp.parallel.sharded import FullySharded, ShardedUpdater, shard
 from ava_exp.parallel.strategy import Alone, DataParallel
 from ava_exp.tracking.metadata import cpu_model
 
@@ -98,10 +100,17 @@ class Runtime:
         """Compute gradients."""
         self.accelerator.backward(loss)
 
-    def spread(self, objective: nn.Module, updater: Updater) -> Alone:
-        """Return how the ranks train `objective`, whose weights `updater` changes, together."""
+    def shard(self, model: Decoder) -> None:
+        """Cut a model that was just built over the ranks, where the back end does that."""
+        if self.ranks.backend is Backend.fsdp2:
+            shard(model, self.device, self.ranks, self.dtype if self.mixed else None)
+
+    def spread(self, objective: nn.Module, updater: Updater, model: Decoder) -> Alone:
+        """Return how the ranks train `objective`, which is of `model`, whose weights `updater` changes, together."""
         if self.ranks.num_ranks == 1:
             return Alone(objective, updater)
+        if isinstance(updater, ShardedUpdater):
+            return FullySharded(objective, updater, model)
         wrapped = _wrap(self.accelerator, objective)
         if not isinstance(wrapped, nn.parallel.DistributedDataParallel):
             raise RuntimeError(f"`distributed=ddp` was asked for, but the model became a {type(wrapped).__name__}")
@@ -119,10 +128,9 @@ def join_ranks(distributed: DistributedConfig, hardware: HardwareConfig) -> Rank
         sentence = f"`distributed=single` is one process, but {num_ranks} were started"
         raise ConfigError(f"{sentence}. Choose `distributed=ddp`.")
     if num_ranks == 1:
-        if backend is Backend.ddp and hardware.num_devices == 1:
-            raise ConfigError(
-                "`distributed=ddp` needs several ranks, but `hardware.num_devices` is 1. Raise it, or leave `ddp` out."
-            )
+        if backend not in (Backend.auto, Backend.single):
+            sentence = f"`distributed={backend.value}` needs several ranks, but one was started"
+            raise ConfigError(f"{sentence}. Ask for more with `hardware.num_devices`, or leave it out.")
         return Ranks()
     accelerator = _accelerator(_find_device(hardware), distributed.timeout_s)
     expected = {DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
@@ -131,7 +139,12 @@ def join_ranks(distributed: DistributedConfig, hardware: HardwareConfig) -> Rank
             f"asked for {num_ranks} ranks, got {accelerator.num_processes} of type {accelerator.distributed_type}"
         )
     control = dist.new_group(backend="gloo", timeout=timedelta(seconds=distributed.timeout_s))
-    ranks = Ranks(rank=accelerator.process_index, num_ranks=num_ranks, control=control)
+    ranks = Ranks(
+        rank=accelerator.process_index,
+        num_ranks=num_ranks,
+        backend=Backend.ddp if backend is Backend.auto else backend,
+        control=control,
+    )
     _probe_synchronisation(accelerator, ranks)
     return ranks
 
@@ -156,6 +169,7 @@ def _wrap(accelerator: Accelerator, module: nn.Module) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of a keyword that Accelerate hands on
         wrapped: nn.Module = accelerator.prepare_model(module)
+    accelerator.free_memory()  # or it holds on to every model that it ever wrapped
     return wrapped
 
 

@@ -7,12 +7,13 @@ from enum import Enum
 
 
 class Backend(Enum):
-    """What keeps ranks together: `single` is one process, `ddp` a copy of the model on every rank, whose gradients are
-    added up. `auto` is `single` for one rank and `ddp` for several."""
+    """What keeps ranks together: `single` is one process; with `ddp` every rank has a copy of the model, with `fsdp2` a
+    part of it. `auto` is `single` for one rank and `ddp` for several."""
 
     auto = "auto"
     single = "single"
     ddp = "ddp"
+    fsdp2 = "fsdp2"
 
 
 @dataclass(kw_only=True, slots=True)

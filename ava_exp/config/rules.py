@@ -12,6 +12,7 @@ from ava_exp.config import generation
 from ava_exp.config.architecture_rules import ARCHITECTURE_RULES
 from ava_exp.config.bounds import BOUNDS, value_at
 from ava_exp.config.data import BPEConfig
+from ava_exp.config.distributed import Backend
 from ava_exp.config.faults import Fault, Rule, Severity, error
 from ava_exp.config.machine import Precision
 from ava_exp.config.mod import DepthConfig
@@ -141,6 +142,14 @@ def _compiled_blocks_are_not_skipped(config: RunConfig) -> Iterator[Fault]:
         yield error("training.compile", expected, True, "How many tokens a layer gets is data, and cannot be compiled.")
 
 
+def _what_is_cut_is_as_it_is(config: RunConfig) -> Iterator[Fault]:
+    if config.distributed.backend is Backend.fsdp2:
+        mend = "`distributed=ddp` goes with it."
+        for key in ("compile", "offload_activations"):
+            if getattr(config.training, key):
+                yield error(f"training.{key}", "false with `distributed=fsdp2`", True, mend)
+
+
 def _compiled_blocks_are_recomputed_whole(config: RunConfig) -> Iterator[Fault]:
     training = config.training
     if training.compile and training.recompute is Recompute.selective:
@@ -169,4 +178,5 @@ RULES: tuple[Rule, ...] = (
     _compiled_blocks_are_not_skipped,
     _compiled_blocks_are_recomputed_whole,
     _sweep_is_of_one_kind,
+    _what_is_cut_is_as_it_is,
 )

@@ -48,6 +48,9 @@ class Updater:
     `stochastic_rounding` computes them in fp32 for bf16 weights and states, portion by portion, and rounds by chance.
     """
 
+    is_sharded = False
+    """Whether `weights` and states are this rank's parts of the whole."""
+
     def __init__(
         self,
         model: nn.Module,
@@ -66,9 +69,7 @@ class Updater:
         self._model = model
         self.wide = master_weights or wide_states
         self.forget_masters = wide_states and not master_weights
-        self.weights: dict[str, Tensor] = dict(self.model_parameters)
-        if self.wide:
-            self.weights = {name: nn.Parameter(p.detach().float()) for name, p in self.model_parameters.items()}
+        self.weights: dict[str, Tensor] = self._held()
         self.stand_ins = StandIns(self.weights) if stochastic_rounding else None
         held = self.weights if self.stand_ins is None else self.stand_ins.parameters
         groups = parameter_groups(model, weight_decay)
@@ -77,6 +78,25 @@ class Updater:
             group["params"] = [held[name] for name in names]
         self.optimizer = build_optimizer(groups)
         self.peak_learning_rate: float = self.optimizer.param_groups[0]["lr"]
+
+    def _held(self) -> dict[str, Tensor]:
+        """Return what the optimizer updates: the parameters, or fp32 masters of them."""
+        if not self.wide:
+            return dict(self.model_parameters)
+        return {name: nn.Parameter(p.detach().float()) for name, p in self.model_parameters.items()}
+
+    def whole(self, name: str, part: Tensor, *, everywhere: bool = False) -> Tensor:
+        """Return what `part` is of the weight `name`, or of a state of its shape. Where ranks have parts, all of them
+        call this; the first alone gets it, unless it is wanted `everywhere`."""
+        return part
+
+    def cut(self, name: str, whole: Tensor) -> Tensor:
+        """Return the part that this rank has of the weight `name`, or of a state of its shape."""
+        return whole
+
+    def whole_weights(self, *, everywhere: bool = False) -> dict[str, Tensor]:
+        """Return all weights, put together as `whole` does."""
+        return {name: self.whole(name, weight, everywhere=everywhere) for name, weight in self.weights.items()}
 
     @property
     def buffers(self) -> dict[str, Tensor]:
@@ -106,7 +126,7 @@ class Updater:
         Nothing changes but the loss scale when the norm is not finite.
         """
         gradients = [weight.grad for weight in self.weights.values() if weight.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients).item() / self.loss_scale.scale
+        norm = self._norm(gradients) / self.loss_scale.scale
         finite = bool(norm - norm == 0)
         if finite:
             factor = min(1.0, max_norm / (norm + 1e-6)) / self.loss_scale.scale
@@ -119,6 +139,10 @@ class Updater:
             weight.grad = None
         self.loss_scale.observe(finite)
         return norm, finite
+
+    def _norm(self, gradients: list[Tensor]) -> float:
+        """Return the L2 norm of all gradients of the model."""
+        return torch.nn.utils.get_total_norm(gradients).item()
 
     def _step(self) -> None:
         if self.stand_ins is not None:
@@ -140,13 +164,17 @@ class Updater:
             torch._foreach_copy_(masters, rounded)
 
     def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return the optimizer's tensors by 'weight name/state name', and its numbers for JSON."""
+        """Return the optimizer's tensors by 'weight name/state name', put together as `whole` does, and its numbers for
+        JSON."""
         state = self.optimizer.state_dict()["state"]
         tensors: dict[str, Tensor] = {}
         numbers: dict[str, Any] = {}
         for index, name in enumerate(self._names()):
             for key, value in state.get(index, {}).items():
-                (tensors if isinstance(value, Tensor) else numbers)[f"{name}/{key}"] = value
+                if not isinstance(value, Tensor):
+                    numbers[f"{name}/{key}"] = value
+                    continue
+                tensors[f"{name}/{key}"] = self.whole(name, value) if value.ndim else value
         return tensors, numbers
 
     def load_optimizer_state(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
@@ -155,7 +183,8 @@ class Updater:
         index_of = {name: index for index, name in enumerate(self._names())}
         for path, value in {**tensors, **numbers}.items():
             name, _, key = path.rpartition("/")
-            state.setdefault(index_of[name], {})[key] = value
+            is_part = isinstance(value, Tensor) and value.ndim
+            state.setdefault(index_of[name], {})[key] = self.cut(name, value) if is_part else value
         whole = self.optimizer.state_dict()
         self.optimizer.load_state_dict({"state": state, "param_groups": whole["param_groups"]})
         if self.stand_ins is not None:

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ava_exp.config.distributed import Backend
+
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
@@ -22,6 +24,7 @@ class Ranks:
 
     rank: int = 0
     num_ranks: int = 1
+    backend: Backend = Backend.single
     control: dist.ProcessGroup | None = None
 
     @property

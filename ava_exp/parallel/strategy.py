@@ -34,6 +34,16 @@ class Alone:
     def verify(self) -> None:
         """Raise RuntimeError unless the ranks agree on all weights. One is always of one mind."""
 
+    def _verify_alike(self, tensors: dict[str, Tensor]) -> None:
+        if not tensors:
+            return
+        own = torch.stack([_bits(tensor) for tensor in tensors.values()]).tolist()
+        largest = self.ranks.largest([*own, *(-value for value in own)])
+        highest, lowest = largest[: len(own)], (-value for value in largest[len(own) :])
+        differing = [name for name, high, low in zip(tensors, highest, lowest, strict=True) if high != low]
+        if differing:
+            raise RuntimeError(f"{len(differing)} weights are not the same on all ranks, as {differing[0]}")
+
 
 class DataParallel(Alone):
     """A copy of the model on every rank [li2020ddp]. Gradients are added up in fp32 at least, once a step, while the
@@ -69,14 +79,7 @@ class DataParallel(Alone):
                 parameter.grad = None  # the masters have it
 
     def verify(self) -> None:
-        sums = [_bits(weight) for weight in self.updater.weights.values()]
-        own = torch.stack(sums).tolist()
-        extremes = self.ranks.largest([*own, *(-value for value in own)])
-        differing = [
-            name for name, a, b in zip(self.updater.weights, extremes, extremes[len(own) :], strict=False) if a + b
-        ]
-        if differing:
-            raise RuntimeError(f"{len(differing)} weights are not the same on all ranks, as {differing[0]}")
+        self._verify_alike(self.updater.weights | self.updater.buffers)
 
     def _add_up(self, state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
         """Add up a bucket of gradients over the ranks: the masters', where there are masters, else the weights' own."""
@@ -114,5 +117,5 @@ class DataParallel(Alone):
 
 def _bits(weight: Tensor) -> Tensor:
     """Return the sum of a tensor's bits as whole numbers, int64, which two tensors that differ hardly share."""
-    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
     return weight.detach().view(integers).sum(dtype=torch.int64)

@@ -7,11 +7,13 @@ import dataclasses
 import hashlib
 import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ava_exp.config.distributed import Backend
 from ava_exp.config.machine import DeviceType, Precision
 from ava_exp.config.mod import DepthConfig
 from ava_exp.config.run import RunConfig
@@ -26,9 +28,10 @@ from ava_exp.losses.terms import build_losses
 from ava_exp.models.arithmetic import count_parameters, training_flops
 from ava_exp.models.decoder import Decoder, build_model
 from ava_exp.models.memory import MemoryEstimate, estimate_memory
-from ava_exp.models.surgery import Surgeon
+from ava_exp.models.surgery import Parameters, Surgeon, count_parameters_of
 from ava_exp.optim.schedules import Schedule
 from ava_exp.optim.update import LossScale, Updater
+from ava_exp.parallel.sharded import ShardedUpdater
 from ava_exp.runtime import DTYPES, Runtime
 from ava_exp.training.loop import Record, Trainer
 from ava_exp.training.objective import Objective
@@ -64,7 +67,9 @@ def build_trained_decoder(config: RunConfig, runtime: Runtime) -> Decoder:
     """Build the model as it is trained. Raises ConfigError where the device cannot do what `training` asks for."""
     training = config.training
     raise_if_fatal(offload_faults(DeviceType(runtime.device.type), training.offload_activations))
-    model = build_decoder(config, runtime)
+    is_sharded = runtime.ranks.backend is Backend.fsdp2
+    model = build_decoder(config, runtime, Precision.fp32 if is_sharded and runtime.mixed else None)
+    runtime.shard(model)
     model.recompute, model.offload_activations = training.recompute, training.offload_activations
     if training.compile:
         model.compile_blocks()
@@ -94,11 +99,12 @@ def build_updater(config: RunConfig, runtime: Runtime, model: Decoder) -> Update
         min_scale=settings.min_scale,
         dynamic=fp16,
     )
-    return Updater(
+    is_sharded = runtime.ranks.backend is Backend.fsdp2
+    return (partial(ShardedUpdater, ranks=runtime.ranks) if is_sharded else Updater)(
         model,
         lambda groups: config.optimizer.build(groups=groups),
         weight_decay=config.optimizer.weight_decay,
-        master_weights=runtime.mixed,
+        master_weights=runtime.mixed and not is_sharded,
         # Squared fp16 gradients vanish below 6e-8: fp16 without masters still keeps its Adam moments in fp32.
         wide_states=runtime.precision is Precision.fp16,
         stochastic_rounding=settings.stochastic_rounding,
@@ -182,14 +188,23 @@ def build_depth_observer(config: RunConfig, data: PreparedData) -> DepthObserver
 
 
 def inference_copy(config: RunConfig, runtime: Runtime, model: Decoder, updater: Updater) -> Decoder:
-    """Return the model in the inference precision: itself when that is the training precision, else a copy."""
+    """Return the model in the inference precision: itself when that is the training precision, else a copy.
+
+    Where ranks have parts of it, all of them call this, and each gets a copy of the whole.
+    """
     inference = config.precision.inference
-    if inference in (None, Precision.auto, runtime.precision):
+    inference = runtime.precision if inference in (None, Precision.auto) else inference
+    if not updater.is_sharded and inference is runtime.precision:
         return model
-    duplicate = copy.deepcopy(model).to(DTYPES[inference])
+    duplicate = build_decoder(config, runtime, inference) if updater.is_sharded else copy.deepcopy(model)
+    duplicate.to(DTYPES[inference])
     with torch.no_grad():
         for name, parameter in duplicate.named_parameters():
-            parameter.copy_(updater.weights[name])
+            parameter.copy_(updater.whole(name, updater.weights[name], everywhere=True))
+        for name, buffer in updater.buffers.items():
+            duplicate.get_buffer(name).copy_(buffer)
+    if model.mod_capacity is not None:
+        duplicate.mod_capacity = model.mod_capacity
     return duplicate
 
 
@@ -221,7 +236,7 @@ def build_trainer(
         build_schedule(config, runtime, total_steps),
         terms,
         total_steps,
-        strategy=runtime.spread(Objective(model, terms, runtime.ranks), updater),
+        strategy=runtime.spread(Objective(model, terms, runtime.ranks), updater, model),
         state=state,
         gradient_clip_val=config.training.gradient_clip_val,
         max_skipped_steps=config.training.max_skipped_steps,
@@ -253,6 +268,12 @@ def code_fingerprint() -> str:
             digest.update(f"{path.relative_to(root).as_posix()}\0".encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def parameters_of(config: RunConfig, model: Decoder, updater: Updater) -> Parameters:
+    """Return the parameters of the model as it is; of one that is cut over ranks, on which nobody operates, as it is
+    configured: to look into its stacks would need all ranks."""
+    return Parameters(**sizes(config)) if updater.is_sharded else count_parameters_of(model)
 
 
 def sizes(config: RunConfig) -> dict[str, int]:

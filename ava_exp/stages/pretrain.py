@@ -19,7 +19,7 @@ from ava_exp.data.prepare import PreparedData
 from ava_exp.errors import EXIT_OK, EXIT_RESUMABLE, CheckpointError, RunFolderError
 from ava_exp.generation.sampling import sample_tokens
 from ava_exp.models.decoder import Decoder
-from ava_exp.models.surgery import Surgeon, count_parameters_of
+from ava_exp.models.surgery import Parameters, Surgeon
 from ava_exp.optim.update import Updater
 from ava_exp.parallel.ranks import Ranks
 from ava_exp.runtime import Runtime, join_ranks, leave_ranks, open_runtime, peak_memory_bytes, reset_peak_memory
@@ -172,23 +172,22 @@ class Pretraining:
         state = self._restore(surgeon, data)
         if not self.ranks.is_first:
             outcome = self._train(runtime, data, surgeon, updater, state, total_steps)
-            leave_ranks(self.ranks)
+            self._measured(outcome, runtime, model, updater)
             return EXIT_OK if outcome is Outcome.finished else EXIT_RESUMABLE
         tracker = self.config.tracker.build()
         tracker.start(self._tracked())
         _write_status(self.folder, RunStatus.running, state.step, total_steps)
         try:
             outcome = self._train(runtime, data, surgeon, updater, state, total_steps)
-            leave_ranks(self.ranks)
-            finished = outcome is Outcome.finished
-            status = RunStatus.finished if finished else RunStatus.stopped
+            status = RunStatus.finished if outcome is Outcome.finished else RunStatus.stopped
             peak_bytes = peak_memory_bytes(runtime.device)  # of training: what follows copies weights
-            if finished:
-                measured = assembly.inference_copy(self.config, runtime, model, updater)
+            measured = self._measured(outcome, runtime, model, updater)
+            if measured is not None:
                 self._write_samples(measured, data)
                 if self.measure is not None:
                     self.measure(measured, runtime, data, state.step)
-            self._write_summary(status, runtime, data, state, model, peak_bytes)
+            parameters = assembly.parameters_of(self.config, model, updater)
+            self._write_summary(status, runtime, data, state, parameters, peak_bytes)
             _write_status(self.folder, status, state.step, total_steps)
             report = write_report(self.folder)
         except BaseException:
@@ -196,6 +195,13 @@ class Pretraining:
             raise
         tracker.finish(status, [report, self.folder.config])
         return self._say_goodbye(outcome, state, total_steps)
+
+    def _measured(self, outcome: Outcome, runtime: Runtime, model: Decoder, updater: Updater) -> Decoder | None:
+        """Return the finished model in the inference precision. From here on ranks go their own ways."""
+        finished = outcome is Outcome.finished
+        measured = assembly.inference_copy(self.config, runtime, model, updater) if finished else None
+        leave_ranks(self.ranks)
+        return measured
 
     def _tell(self, text: str) -> None:
         if self.ranks.is_first:
@@ -361,19 +367,22 @@ class Pretraining:
             sinks: list[Callable[[Record], None]] = []
             if ranks.is_first:
                 metrics = stack.enter_context(MetricsFile(self.folder.metrics))
-                view = stack.enter_context(open_view(total_steps, self._title(total_steps, surgeon.model)))
+                parameters = assembly.parameters_of(self.config, surgeon.model, updater)
+                view = stack.enter_context(open_view(total_steps, self._title(total_steps, parameters)))
                 sinks = [metrics.append, view.update, RecordLog(total_steps).append]
 
             def save(state: TrainState) -> None:
                 drawn = ranks.gather(random_state())
+                copy = settings.asynchronous and state.step < total_steps
+                if ranks.is_first or updater.is_sharded:
+                    snapshot = take_snapshot(updater, state, extra, surgeon, copy=copy, drawn=drawn)
                 if not ranks.is_first:
                     return
                 try:
                     metrics.sync()
                 except OSError as error:  # worth less than the checkpoint that follows
                     logger.warning("metrics up to step %d may not survive a loss of power: %s", state.step, error)
-                copy = settings.asynchronous and state.step < total_steps
-                saver.save(take_snapshot(updater, state, extra, surgeon, copy=copy, drawn=drawn), state.evaluations)
+                saver.save(snapshot, state.evaluations)
 
             trainer = assembly.build_trainer(
                 self.config,
@@ -395,8 +404,7 @@ class Pretraining:
             saver.finish()
             return outcome
 
-    def _title(self, total_steps: int, model: Decoder) -> list[str]:
-        parameters = count_parameters_of(model)
+    def _title(self, total_steps: int, parameters: Parameters) -> list[str]:
         size = f"{parameters.total / 1e6:.1f} M parameters, {parameters.active / 1e6:.1f} M active"
         shape = f"{self.ranks.num_ranks} ranks, " if self.ranks.num_ranks > 1 else ""
         precision = self.resolution["runtime"]["precision"]
@@ -421,7 +429,7 @@ class Pretraining:
         runtime: Runtime,
         data: PreparedData,
         state: TrainState,
-        model: Decoder,
+        parameters: Parameters,
         peak_bytes: int,
     ) -> None:
         records = read_metrics(self.folder.metrics)
@@ -435,7 +443,7 @@ class Pretraining:
                 "status": status.value,
                 "final": {name: evaluations[-1][name] for name in names} if evaluations else None,
                 "baselines": {"gzip": data.baselines.gzip_bits_per_byte, "xz": data.baselines.xz_bits_per_byte},
-                "parameters": dataclasses.asdict(count_parameters_of(model)),
+                "parameters": dataclasses.asdict(parameters),
                 "steps": state.step,
                 "tokens": state.tokens,
                 "seconds": state.elapsed_s,

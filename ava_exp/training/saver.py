@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -113,7 +113,7 @@ def take_snapshot(
     optimizer_tensors, optimizer_numbers = updater.optimizer_state()
     state.loss_scale, state.loss_scale_good_steps = updater.loss_scale.scale, updater.loss_scale.good_steps
     drawn = drawn or [random_state()]
-    weights = {**updater.weights, **updater.buffers}
+    weights = {**updater.whole_weights(), **updater.buffers}
     tensors = {
         "model": _copies(weights) if copy else weights,
         "optimizer": _copies(optimizer_tensors) if copy else optimizer_tensors,
@@ -177,8 +177,10 @@ def restore_snapshot(
 def restore_weights(snapshot: Snapshot, updater: Updater, surgeon: Surgeon | None = None) -> None:
     """Put a snapshot's weights back, and nothing else. Raises CheckpointError when they do not fit the model."""
     if surgeon is not None:
+        if updater.is_sharded and snapshot.state.get(SURGERY) is not None:
+            raise CheckpointError("this run's experts were operated on, which `distributed=ddp` can go on with only.")
         follow_surgery(snapshot, surgeon)
-    load_weights(snapshot, {**updater.weights, **updater.buffers})
+    load_weights(snapshot, {**updater.weights, **updater.buffers}, updater.cut)
     updater.round_masters()
 
 
@@ -191,8 +193,11 @@ def follow_surgery(snapshot: Snapshot, surgeon: Surgeon) -> None:
 
 
 @torch.no_grad()
-def load_weights(snapshot: Snapshot, weights: dict[str, Tensor]) -> None:
-    """Copy a snapshot's weights into `weights`. Raises CheckpointError naming what differs."""
+def load_weights(
+    snapshot: Snapshot, weights: dict[str, Tensor], cut: Callable[[str, Tensor], Tensor] = lambda _, whole: whole
+) -> None:
+    """Copy a snapshot's weights into `weights`, of each what `cut` makes of it. Raises CheckpointError naming what
+    differs."""
     saved = snapshot.tensors.get("model", {})
     if saved.keys() != weights.keys():
         differing = sorted(saved.keys() ^ weights.keys())
@@ -200,12 +205,11 @@ def load_weights(snapshot: Snapshot, weights: dict[str, Tensor]) -> None:
             f"the checkpoint holds another model: {len(differing)} weights differ, as {differing[0]}."
         )
     for name, weight in weights.items():
-        if saved[name].shape != weight.shape:
+        own = cut(name, saved[name])
+        if own.shape != weight.shape:
             expected = f"of shape {tuple(weight.shape)} for this model"
-            raise CheckpointError(
-                must_be(name, expected, tuple(saved[name].shape), "The checkpoint is of another one.")
-            )
-        weight.copy_(saved[name])
+            raise CheckpointError(must_be(name, expected, tuple(own.shape), "The checkpoint is of another one."))
+        weight.copy_(own)
 
 
 def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:

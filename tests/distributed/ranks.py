@@ -52,7 +52,7 @@ class RunningRanks:
         self.processes[rank].send_signal(number)
 
 
-def start_ranks(num_ranks: int, overrides: Sequence[str]) -> RunningRanks:
+def start_ranks(num_ranks: int, arguments: Sequence[str], module: str = "ava_exp") -> RunningRanks:
     """Start one process a rank with the same command line."""
     shared = {
         **os.environ,
@@ -67,7 +67,7 @@ def start_ranks(num_ranks: int, overrides: Sequence[str]) -> RunningRanks:
     for rank in range(num_ranks):
         running.processes.append(
             subprocess.Popen(
-                [sys.executable, "-m", "ava_exp", *overrides],
+                [sys.executable, "-m", module, *arguments],
                 cwd=ROOT,
                 env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                 stdout=subprocess.PIPE,

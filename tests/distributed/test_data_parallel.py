@@ -70,12 +70,13 @@ def assert_same_training(one: Experiment, other: Experiment, tolerance: float) -
         assert difference <= tolerance, name
 
 
+@pytest.mark.parametrize("backend", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_ranks_train_as_one_process_does(tmp_path: Path, kind: str) -> None:
+def test_two_ranks_train_as_one_process_does(tmp_path: Path, kind: str, backend: str) -> None:
     accumulation = 2 if kind in ("dense", "hybrid") else 1
     settings = (*KINDS[kind], *DETERMINISTIC, f"training.gradient_accumulation_steps={accumulation}")
     one, two = pair(tmp_path, settings)
-    ended = trained(two, 2, "distributed=ddp")
+    ended = trained(two, 2, f"distributed={backend}")
     assert ended.outs[1] == "" and "Validation:" in ended.outs[0]
     assert_same_training(one, two, 2e-5)
     for step, reference in zip(steps_of(two), steps_of(one), strict=True):
@@ -85,12 +86,13 @@ def test_two_ranks_train_as_one_process_does(tmp_path: Path, kind: str) -> None:
                     assert own == pytest.approx(theirs, abs=0.02), "a near tie may be decided the other way"
 
 
+@pytest.mark.parametrize("backend", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("precision", ["mixed_bf16", "bf16", "bf16 precision.stochastic_rounding=true"])
-def test_sixteen_bits_train_as_well_on_two_ranks(tmp_path: Path, precision: str) -> None:
+def test_sixteen_bits_train_as_well_on_two_ranks(tmp_path: Path, precision: str, backend: str) -> None:
     """Products of other shapes round apart: losses agree as 16 bits do, and ranks agree with each other exactly."""
     settings = (*DETERMINISTIC, *f"precision={precision}".split(), "training.gradient_accumulation_steps=2")
     one, two = pair(tmp_path, settings)
-    trained(two, 2)
+    trained(two, 2, f"distributed={backend}")
     for step, reference in zip(steps_of(two), steps_of(one), strict=True):
         assert step["loss"] == pytest.approx(reference["loss"], rel=0.02)
 
@@ -105,9 +107,11 @@ def wait_for_steps(experiment: Experiment, number: int) -> None:
     raise AssertionError("no steps were taken")
 
 
-def test_a_signal_to_one_rank_stops_all_and_they_go_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["ddp", "fsdp2"])
+def test_a_signal_to_one_rank_stops_all_and_they_go_on_as_if_nothing_had_happened(tmp_path: Path, backend: str) -> None:
     """Random states, of dropout above all, are those of each rank."""
-    settings = ("hardware.num_devices=2", "budget.steps=300", "evaluation.interval_steps=1000", "mod=random")
+    settings = ("hardware.num_devices=2", "budget.steps=600", "evaluation.interval_steps=1000", "mod=random")
+    settings += (f"distributed={backend}", "precision=mixed_bf16")
     whole = Experiment(output_dir=tmp_path / "whole", overrides=settings)
     trained(whole, 2)
     stopped = Experiment(output_dir=tmp_path / "stopped", overrides=settings)
@@ -116,21 +120,22 @@ def test_a_signal_to_one_rank_stops_all_and_they_go_on_as_if_nothing_had_happene
     running.signal(1, signal.SIGUSR2)
     ended = running.wait()
     assert ended.codes == [EXIT_RESUMABLE, EXIT_RESUMABLE], str(ended)
-    assert 5 <= len(steps_of(stopped)) < 300
+    assert 5 <= len(steps_of(stopped)) < 600
     trained(stopped, 2)
     assert [step["loss"] for step in steps_of(stopped)] == [step["loss"] for step in steps_of(whole)]
     for name, weight in weights_of(whole).items():
         assert torch.equal(weights_of(stopped)[name], weight), name
 
 
-def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
-    settings = (*DETERMINISTIC, "training.batch_size=2", "budget.steps=300", "evaluation.interval_steps=1000")
+@pytest.mark.parametrize("backend", ["ddp", "fsdp2"])
+def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path, backend: str) -> None:
+    settings = (*DETERMINISTIC, "training.batch_size=2", "budget.steps=600", "evaluation.interval_steps=1000")
     one = Experiment(
-        output_dir=tmp_path / "one", overrides=(*settings, "training.gradient_accumulation_steps=2", "budget.steps=300")
+        output_dir=tmp_path / "one", overrides=(*settings, "training.gradient_accumulation_steps=2", "budget.steps=600")
     )
     one.finish()
     other = Experiment(output_dir=tmp_path / "other", overrides=settings)
-    running = start_ranks(2, other.command)
+    running = start_ranks(2, [*other.command, f"distributed={backend}"])
     wait_for_steps(other, 5)
     running.signal(0, signal.SIGTERM)
     assert running.wait().codes == [EXIT_RESUMABLE] * 2
