@@ -22,9 +22,11 @@ from ava_exp.tracking.text import format_count
 
 MAX_CURVES = 10
 """As many as there are colours that can be told apart; the best groups are drawn."""
-LOG_RATIO = 20.0
+LOG_RATIO = 10.0
 """Numbers that differ by more than this are drawn on a logarithmic axis."""
 LABEL_LENGTH = 44
+TICK_DISTANCE = 0.06
+"""Of the height of an axis."""
 
 
 def write_figures(points: Sequence[Point], objective: Objective, folder: Path) -> list[Path]:
@@ -105,7 +107,7 @@ def draw_parallel_coordinates(points: Sequence[Point], keys: Sequence[str], obje
     for place, (_, ticks) in enumerate(columns):
         _draw_scale(axis, place, ticks)
     _draw_scale(axis, len(keys), [(0.0, f"{values.min():.4g}"), (1.0, f"{values.max():.4g}")])
-    axis.set_xticks(range(len(heights)), [*(_short(key) for key in keys), _words(objective)])
+    axis.set_xticks(range(len(heights)), [*(_short(key.rpartition(".")[2]) for key in keys), _words(objective)])
     axis.set_yticks([])
     axis.set_xlim(-0.3, len(heights) - 0.4)
     axis.grid(False)
@@ -140,8 +142,18 @@ def _positions(texts: Sequence[str]) -> tuple[np.ndarray, list[tuple[float, str]
         scale = {text: float(place) for place, text in enumerate(distinct)}
     low, high = min(scale.values()), max(scale.values())
     height = {text: (value - low) / (high - low) if high > low else 0.5 for text, value in scale.items()}
-    shown = distinct if len(distinct) <= 8 else [min(scale, key=scale.__getitem__), max(scale, key=scale.__getitem__)]
-    return np.array([height[text] for text in texts]), [(height[text], _tick(text)) for text in shown]
+    return np.array([height[text] for text in texts]), _apart([(height[text], _tick(text)) for text in distinct])
+
+
+def _apart(ticks: Sequence[tuple[float, str]]) -> list[tuple[float, str]]:
+    """Leave out ticks that would be written on top of others; the ends stay."""
+    shown: list[tuple[float, str]] = []
+    for tick in sorted(ticks):
+        if not shown or tick[0] - shown[-1][0] >= TICK_DISTANCE:
+            shown.append(tick)
+        elif tick[0] == 1.0:
+            shown[-1] = tick
+    return shown
 
 
 def _tick(text: str) -> str:
@@ -150,9 +162,10 @@ def _tick(text: str) -> str:
 
 
 def _label(group: Group) -> str:
-    """Return what a group chose, by the last part of its keys."""
+    """Return what a group chose, by the last part of its keys; its first point's number where that is too long."""
     parts = [f"{key.rpartition('.')[2]}={value}" for key, value in group.choices.items() if value]
-    return _short(" ".join(parts) or group.label)
+    text = " ".join(parts) or group.label
+    return text if len(text) <= LABEL_LENGTH else f"point {group.points[0].number}"
 
 
 def _short(text: str) -> str:

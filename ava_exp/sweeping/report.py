@@ -22,6 +22,7 @@ CAPTIONS = {
     "parallel_coordinates": "Every line is a point: through what it chose, to what came of it. "
     "The darker, the better; the best are drawn on top.",
 }
+FEW_POINTS = 10
 FORMULA = (
     "Importance is the share of the objective's variance that lies between the values of a parameter, as epsilon "
     "squared: with <i>n</i> finished points at <i>k</i> values, 1 − (<i>n</i> − 1) / (<i>n</i> − <i>k</i>) · "
@@ -50,7 +51,7 @@ def render(record: SweepRecord, objective: Objective, figures: str) -> str:
             _numbers(points),
             _groups(points, objective),
             figures,
-            _importances(importances(points)),
+            _importances(importances(points), sum(point.value is not None for point in points)),
             _points(record, objective),
         ],
     )
@@ -106,14 +107,15 @@ def _groups(points: Sequence[Point], objective: Objective) -> str:
     return f'<h2>Results</h2>\n<section class="card scroll">\n{_table(head, body)}</section>\n'
 
 
-def _importances(shares: Sequence[Importance]) -> str:
+def _importances(shares: Sequence[Importance], num_finished: int) -> str:
     if not shares:
         return ""
     body = [[i.key, NOTHING if i.share is None else f"{i.share:.1%}", str(i.num_levels)] for i in shares]
     missing = any(importance.share is None for importance in shares)
     why = f" “{NOTHING}”: every value was seen once, so nothing tells its effect from chance." if missing else ""
+    few = f" With {num_finished} finished points such shares mean little." if num_finished < FEW_POINTS else ""
     return (
-        f'<h2>Importance</h2>\n<section class="card scroll">\n<p class="soft">{FORMULA}{why}</p>\n'
+        f'<h2>Importance</h2>\n<section class="card scroll">\n<p class="soft">{FORMULA}{why}{few}</p>\n'
         f"{_table(['parameter', 'importance', 'values'], body)}</section>\n"
     )
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 OVERRIDES = "overrides"
 OWNER = "owner"
 """Attributes of a trial: its point's overrides, and the folder of the sweep that runs it."""
+SIGNIFICANT_DIGITS = 4
 MakePoint = Callable[[list[str], dict[str, str], int], Point]
 """Makes a point of its own overrides, what it has chosen, and the number of its trial."""
 Suggest = Callable[["optuna.trial.Trial"], str]
@@ -54,7 +55,12 @@ def _interval(key: str, interval: IntervalSweep) -> Suggest:
         raise ConfigError(must_be(f"sweep.optuna.space.{key}", expected, f"interval({low}, {high})"))
     if isinstance(low, int) and isinstance(high, int):
         return lambda trial: str(trial.suggest_int(key, low, high, log=is_log))
-    return lambda trial: repr(float(trial.suggest_float(key, low, high, log=is_log)))
+    return lambda trial: _rounded(trial.suggest_float(key, low, high, log=is_log), low, high)
+
+
+def _rounded(value: float, low: float, high: float) -> str:
+    """Write a number with as many digits as matter: a command that people read. Inside of its bounds as it was."""
+    return repr(min(high, max(low, float(f"{value:.{SIGNIFICANT_DIGITS}g}"))))
 
 
 def _range(key: str, given: RangeSweep) -> Suggest:

@@ -171,6 +171,14 @@ def test_numbers_are_whole_where_that_is_asked_for(
         assert set(texts) == {"2", "4", "6", "8"}
 
 
+def test_numbers_are_short_and_inside_of_their_bounds(composer: PointComposer) -> None:
+    suggest = dimensions({"x": "interval(0.12344, 0.12346)"}, composer)["x"]
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    assert {suggest(study.ask()) for _ in range(30)} == {"0.12344", "0.12346"}, "rounded, they would be outside"
+    wide = dimensions({"y": "tag(log, interval(1e-5, 1))"}, composer)["y"]
+    assert all(float(f"{float(text):.4g}") == float(text) for text in (wide(study.ask()) for _ in range(30)))
+
+
 @pytest.mark.parametrize(
     "text", ["3", "interval(2, 1)", "tag(log, interval(0, 1))", "[1,2]", "range(1,2)", "interval(1, 1)"]
 )
