@@ -204,10 +204,16 @@ def test_two_points_of_one_run_are_never_at_work_together(
 @pytest.fixture
 def soon() -> Iterator[Callable[[signal.Signals], None]]:
     """Send this process a signal in a moment, as from outside."""
-    timers: list[threading.Timer] = []
+    timers: list[threading.Thread] = []
+
+    def wait_and_send(number: signal.Signals, after_s: float) -> None:
+        while signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+            time.sleep(0.01)  # a signal that nobody waits for would end the tests
+        time.sleep(after_s)
+        os.kill(os.getpid(), number)
 
     def send(number: signal.Signals, after_s: float = 0.2) -> None:
-        timers.append(threading.Timer(after_s, os.kill, (os.getpid(), number)))
+        timers.append(threading.Thread(target=wait_and_send, args=(number, after_s), daemon=True))
         timers[-1].start()
 
     yield send
