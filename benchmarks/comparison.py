@@ -158,7 +158,7 @@ def main() -> None:
     print(table(groups))
     figure = arguments.figure or folder / "comparison.png"
     per = "seconds of training" if arguments.seconds else "tokens"
-    draw(groups, f"{arguments.experiments.capitalize()} at equal active FLOPs and equal {per}", figure)
+    draw(groups, f"{arguments.experiments.capitalize()} of equal active FLOPs, after equal {per}", figure)
     print(f"figure: {figure}")
 
 
