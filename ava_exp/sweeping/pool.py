@@ -20,6 +20,7 @@ POLL_S = 0.1
 WATCH_S = 1.0
 """How often running points are looked at for pruning."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+NOT_ENDED = (PointStatus.waiting, PointStatus.running)
 Tell = Callable[[str], None]
 
 
@@ -201,7 +202,8 @@ class Pool:
         folder = point.folder
         point.root = str(folder.root) if folder else None
         self._source.ended(point)
-        self._say(point, text)
+        ended = sum(other.status not in NOT_ENDED for other in self._record.points)
+        self._say(point, f"{text} ({ended} of {self._source.total})")
         self._record.save()
 
     def _say(self, point: Point, text: str) -> None:

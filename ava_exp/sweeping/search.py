@@ -89,6 +89,7 @@ class Search:
         folder: Path,
     ) -> None:
         self._settings, self._objective = settings, objective
+        self.total = settings.num_trials
         self._suggestions, self._make_point = suggestions, make_point
         self._owner = f"{socket.gethostname()}:{folder.resolve()}"
         self._study = _open_study(settings, objective, name, folder)

@@ -10,7 +10,9 @@ from ava_exp.sweeping.record import Point
 
 
 class PointSource(Protocol):
-    """Gives points to run, and is told how they go."""
+    """Gives points to run, and is told how they go. `total` is how many there are in all."""
+
+    total: int
 
     def next(self) -> Point | None:
         """Return the next point; None where there is none now. After a point has ended there may be one again."""
@@ -26,10 +28,11 @@ class PointSource(Protocol):
 
 
 class Queue:
-    """Points that are known from the start, in order."""
+    """Points that are known from the start, in order. `total` counts also those that are not worth a start."""
 
-    def __init__(self, points: Iterable[Point]) -> None:
+    def __init__(self, points: Iterable[Point], total: int | None = None) -> None:
         self._waiting = deque(points)
+        self.total = len(self._waiting) if total is None else total
 
     def next(self) -> Point | None:
         return self._waiting.popleft() if self._waiting else None

@@ -194,7 +194,7 @@ class Sweep:
             self._check_distinct(points)
             record.points = points
             self._take_over_earlier(points)
-            self._source = Queue([point for point in points if self._is_sound(point)])
+            self._source = Queue([point for point in points if self._is_sound(point)], total=len(points))
 
     def run(self) -> int:
         """Run what is left to run, compare, report; return the exit code."""

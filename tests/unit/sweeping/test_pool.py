@@ -131,7 +131,7 @@ def test_finished_points_are_left_out(
     run(points)
     assert [texts[0] for texts in cluster.started] == ["seed=0", "seed=2", "seed=3", "seed=4"]
     assert (points[1].status, points[1].value) == (PointStatus.finished, 1.5)
-    assert "[1] seed=1: was finished before" in run.lines
+    assert "[1] seed=1: was finished before (2 of 5)" in run.lines
 
 
 def test_a_point_with_a_larger_budget_is_not_finished(
