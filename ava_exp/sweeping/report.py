@@ -28,7 +28,8 @@ FORMULA = (
     "squared: with <i>n</i> finished points at <i>k</i> values, 1 − (<i>n</i> − 1) / (<i>n</i> − <i>k</i>) · "
     "<i>S</i><sub>within</sub> / <i>S</i><sub>all</sub>, where <i>S</i> are sums of squared differences from the mean "
     "of the points with the same value, and of all points; not below 0. It is the effect of one parameter alone: what "
-    "only two together explain is in neither. Numbers with many values are put into √<i>n</i> bins of equal size."
+    "only two together explain is in neither. Numbers that were seen less than twice each, as in a search, are put "
+    "into √<i>n</i> bins of equal size, from nine points on."
 )
 
 

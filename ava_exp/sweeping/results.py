@@ -14,6 +14,8 @@ from ava_exp.sweeping.definition import SEED
 from ava_exp.sweeping.record import Point, PointStatus
 from ava_exp.tracking.metrics import of_kind, read_metrics
 
+MIN_BINNED = 9
+"""Points that it takes for bins with three in each."""
 Values = npt.NDArray[np.float64]
 
 
@@ -68,8 +70,8 @@ def importances(points: Sequence[Point]) -> list[Importance]:
 
     It is the share of the variance between the means of its values, as epsilon squared [kelley1935unbiased]: with n
     points at k values, and sums of squares within values and in all, `1 - (n - 1) / (n - k) * within / all`, not below
-    0. Unlike the plain share (eta squared) it is 0 on average for a parameter without effect. Numbers with many values
-    are cut into as many bins of equal size as the root of n.
+    0. Unlike the plain share (eta squared) it is 0 on average for a parameter without effect. Numbers that were seen
+    less than twice each, as in a search, are cut into as many bins of equal size as the root of n, from 9 points on.
     """
     finished = [point for point in points if point.value is not None and math.isfinite(point.value)]
     keys = list(finished[0].choices) if finished else []
@@ -95,11 +97,11 @@ def _importance(key: str, points: Sequence[Point]) -> Importance:
 
 
 def _levels(texts: Sequence[str]) -> list[str]:
-    """Return the values as they are, or the bins of numbers that have more values than the root of their number."""
-    num_bins = max(2, math.isqrt(len(texts)))
-    numbers = [as_number(text) for text in texts]
-    if len(set(texts)) <= num_bins or any(number is None for number in numbers):
+    """Return the values as they are, or the bins of numbers that were seen less than twice each, as in a search."""
+    is_repeated = len(texts) >= 2 * len(set(texts))
+    if is_repeated or len(texts) < MIN_BINNED or any(as_number(text) is None for text in texts):
         return list(texts)
+    num_bins = math.isqrt(len(texts))
     order = sorted(set(texts), key=lambda text: as_number(text) or 0.0)
     return [f"bin {order.index(text) * num_bins // len(order)}" for text in texts]
 

@@ -110,6 +110,24 @@ def test_many_numbers_are_put_into_bins(make_point: MakePoint) -> None:
     assert found["other"].share == pytest.approx(0.0, abs=0.05)
 
 
+def test_values_that_were_seen_again_are_not_put_together(make_point: MakePoint) -> None:
+    """Two of three rates in one bin would hide that the middle one is best."""
+    bits = {"3e-4": 2.9, "1e-3": 2.5, "3e-3": 2.7}
+    points = [
+        finished(make_point(rate=rate, seed=str(seed)), value + 0.001 * seed)
+        for rate, value in bits.items()
+        for seed in range(2)
+    ]
+    found = {i.key: i for i in importances(points)}
+    assert found["rate"].num_levels == 3
+    assert found["rate"].share == pytest.approx(1.0, abs=0.01)
+
+
+def test_few_numbers_that_were_seen_once_are_not_put_into_bins(make_point: MakePoint) -> None:
+    points = [finished(make_point(rate=str(0.1 * i)), float(i)) for i in range(8)]
+    assert [i.share for i in importances(points)] == [None]
+
+
 def test_equal_results_leave_nothing_to_explain(make_point: MakePoint) -> None:
     assert {i.share for i in importances(grid(make_point, lambda a, b, seed: 1.0, (2, 2, 2)))} == {0.0}
     assert importances([]) == []
