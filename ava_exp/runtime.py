@@ -24,7 +24,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    is_torch_xla_available,
+)
 from torch import Tensor, nn
 
 from ava_exp.config.distributed import Backend, DistributedConfig
@@ -49,6 +54,9 @@ DTYPES = {
     Precision.mixed_bf16: torch.bfloat16,
 }
 """The format a model computes in."""
+
+TORCH_TYPES = {DeviceType.tpu: "xla"}
+"""What torch calls a kind of device where it is not what we call it."""
 
 PROCESS_STATUS, CLEAR_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -206,7 +214,8 @@ def open_runtime(
     known = stored if stored and stored.get("num_ranks", 1) == ranks.num_ranks else None
     _set_threads(hardware.num_threads or (known["num_threads"] if known else None), device_type, ranks)
     accelerator = _accelerator(device_type)
-    assert accelerator.device.type == device_type.value, f"asked for {device_type.value}, got {accelerator.device}"
+    expected_type = TORCH_TYPES.get(device_type, device_type.value)
+    assert accelerator.device.type == expected_type, f"asked for {device_type.value}, got {accelerator.device}"
     rates = _rates(accelerator.device, cache_dir, ranks) if stored is None else {}
     chosen = (
         Precision(stored["precision"]) if stored else _choose_precision(precision.training, accelerator.device, rates)
@@ -271,7 +280,13 @@ def store_resolution(resolution: Resolution) -> dict[str, Any]:
 
 
 def _find_device(hardware: HardwareConfig) -> DeviceType:
+    if hardware.device is DeviceType.tpu and not is_torch_xla_available():
+        raise ConfigError(
+            f"hardware={hardware.name} needs torch_xla, which is not installed here: install the version of it that "
+            "belongs to this torch, on a machine with a TPU, or choose another `hardware`."
+        )
     present = {
+        DeviceType.tpu: is_torch_xla_available(check_is_tpu=True),  # first: where it is, Accelerate takes it
         DeviceType.cuda: torch.cuda.is_available(),
         DeviceType.mps: torch.backends.mps.is_available(),
         DeviceType.cpu: True,
@@ -346,6 +361,8 @@ def _device_name(device: DeviceType) -> str:
         return torch.cuda.get_device_name()
     if device is DeviceType.mps:
         return f"an Apple GPU ({cpu_model()})"
+    if device is DeviceType.tpu:
+        return "a TPU"
     return f"a CPU ({cpu_model()}, {torch.get_num_threads()} threads)"
 
 
@@ -355,6 +372,8 @@ def _choose_precision(asked: Precision, device: torch.device, rates: dict[str, f
         return asked
     if device.type == "cuda":
         return Precision.mixed_bf16 if torch.cuda.get_device_capability() >= (8, 0) else Precision.mixed_fp16
+    if device.type == TORCH_TYPES[DeviceType.tpu]:
+        return Precision.mixed_bf16
     gain = rates["bf16"] / rates["fp32"]
     return Precision.mixed_bf16 if gain >= WORTHWHILE_SPEEDUP else Precision.fp32
 
@@ -362,6 +381,8 @@ def _choose_precision(asked: Precision, device: torch.device, rates: dict[str, f
 def _explain_choice(chosen: Precision, device: DeviceType, rates: dict[str, float]) -> str:
     if device is DeviceType.cuda:
         return f"precision=auto chose {chosen.value} by the device's compute capability."
+    if device is DeviceType.tpu:
+        return f"precision=auto chose {chosen.value}: a TPU multiplies in no other format."
     return (
         f"precision=auto chose {chosen.value}: matrix products measured {rates['bf16']:.2f} TFLOP/s in bf16 "
         f"and {rates['fp32']:.2f} in fp32."
@@ -380,7 +401,7 @@ def measured_rates(device: torch.device, cache_dir: Path) -> dict[str, float]:
 
     The first time takes about a second. Later a few repeats tell whether that was a busy moment.
     """
-    if device.type == "cuda":
+    if device.type in ("cuda", TORCH_TYPES[DeviceType.tpu]):
         return {}
     key = f"{cpu_model()}|{device.type}|{torch.get_num_threads()}|{torch.__version__}"
     path = cache_dir / "matrix_product_rates.json"

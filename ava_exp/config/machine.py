@@ -16,6 +16,7 @@ class DeviceType(Enum):
     cpu = "cpu"
     cuda = "cuda"
     mps = "mps"
+    tpu = "tpu"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -27,6 +28,23 @@ class PeakConfig:
     fp16: float | None = None
     bf16: float | None = None
     fp8: float | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class LinkConfig:
+    """How devices reach one another and their host: GB/s of one device in one direction; null where no maker says.
+
+    Data sheets give both directions together, so half of theirs: NVLink and PCIe of [nvidia2017volta],
+    [nvidia2018turing], [nvidia2020ampere], [nvidia2021ga102], [nvidia2022hopper], [nvidia2022ada], [nvidia2023h200].
+    Between nodes it is the network of the maker's own system of eight devices, divided by eight. Devices without NVLink
+    between all of a node reach their peers over PCIe, whatever bridges pairs of them may have. A TPU reaches all others
+    over its six links [jouppi2023tpuv4].
+    """
+
+    devices_per_node: int = 8
+    within_node_gb_per_s: float | None = None
+    between_nodes_gb_per_s: float | None = None
+    to_host_gb_per_s: float | None = None
 
 
 @dataclass(kw_only=True, slots=True)
@@ -42,6 +60,7 @@ class HardwareConfig:
     memory_gib: float | None = None
     bandwidth_gb_per_s: float | None = None
     peak_tflops: PeakConfig = field(default_factory=PeakConfig)
+    links: LinkConfig = field(default_factory=LinkConfig)
     compute_capability: str | None = None
     num_devices: int = 1
     price_per_hour: float | None = None

@@ -30,6 +30,9 @@ def precision_faults(device: DeviceType, compute_capability: str | None, precisi
     if device is DeviceType.cpu and is_half:
         mend = "Take `precision=mixed_bf16`, `precision=bf16` or `precision=fp32`."
         return [error("precision.training", "a format that a CPU trains in", precision.value, mend)]
+    if device is DeviceType.tpu and is_half:
+        mend = "Take `precision=mixed_bf16`, `precision=bf16` or `precision=fp32`."
+        return [error("precision.training", "a format that a TPU computes in", precision.value, mend)]
     is_brain = precision in (Precision.bf16, Precision.mixed_bf16)
     if device is DeviceType.cuda and compute_capability and float(compute_capability) < 8.0 and is_brain:
         message = (

@@ -16,8 +16,9 @@ from ava_exp.config.distributed import Backend
 from ava_exp.config.faults import Fault, Rule, Severity, error
 from ava_exp.config.machine import Precision
 from ava_exp.config.mod import DepthConfig
+from ava_exp.config.model import MoEConfig
 from ava_exp.config.run import RunConfig
-from ava_exp.config.stage import GenerateConfig, SurgeryConfig
+from ava_exp.config.stage import GenerateConfig, PlanConfig, SurgeryConfig
 from ava_exp.config.surgery import faults_of
 from ava_exp.config.sweep import sweep_faults
 from ava_exp.config.training import AdamWConfig, Recompute, WSDConfig
@@ -162,6 +163,18 @@ def _sweep_is_of_one_kind(config: RunConfig) -> Iterator[Fault]:
         yield error(key, expected, value)
 
 
+def _experts_divide_among_ranks(config: RunConfig) -> Iterator[Fault]:
+    number = config.stage.expert_parallel if isinstance(config.stage, PlanConfig) else None
+    if number is None or number < 1:
+        return
+    key, num_devices = "stage.expert_parallel", config.hardware.num_devices
+    num_experts = config.sparsity.num_experts if isinstance(config.sparsity, MoEConfig) else 1
+    if num_experts % number:
+        yield error(key, f"a divisor of the number of experts ({num_experts})", number)
+    elif num_devices % number:
+        yield error(key, f"a divisor of `hardware.num_devices` ({num_devices})", number)
+
+
 RULES: tuple[Rule, ...] = (
     _bounds,
     _numbers_are_finite,
@@ -178,5 +191,6 @@ RULES: tuple[Rule, ...] = (
     _compiled_blocks_are_not_skipped,
     _compiled_blocks_are_recomputed_whole,
     _sweep_is_of_one_kind,
+    _experts_divide_among_ranks,
     _what_is_cut_is_as_it_is,
 )

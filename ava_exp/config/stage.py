@@ -29,13 +29,20 @@ class ValidateConfig(StageConfig):
 
 @dataclass(kw_only=True, slots=True)
 class PlanConfig(StageConfig):
-    """Print parameters, FLOPs, memory, time and cost without allocating weights."""
+    """Print parameters, FLOPs, memory, time and cost without allocating weights; of several devices also what each back
+    end needs and sends."""
 
     builds: ClassVar[str] = "ava_exp.stages.plan:run"
     name: ClassVar[str] = "plan"
 
     assumed_mfu: float = 0.3
     """Model FLOPs utilisation: the share of the devices' peak that the training is taken to reach."""
+    assumed_link_utilisation: float = 0.8
+    """The share of the declared bandwidths that collectives are taken to reach."""
+    assumed_overlap: float = 1.0
+    """The share of the computing beside which communication may go on that does hide it."""
+    expert_parallel: int | None = None
+    """Ranks that experts are divided among; null is the most that divide both experts and devices."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -164,6 +164,32 @@ def _experts_part(model: ModelConfig, sparsity: MoEConfig) -> Part:
     )
 
 
+def routed_parameters(architecture: Architecture) -> int:
+    """Return the parameters that belong to one expert or another, not to all: what experts on several ranks divide."""
+    model, sparsity = architecture.model, architecture.sparsity
+    if not isinstance(sparsity, MoEConfig):
+        return 0
+    own, _ = _expert_weights(model, sparsity)
+    norm = expert_width(model, sparsity) if sparsity.expert_norm else 0
+    return num_sparse_layers(model, sparsity) * sparsity.num_experts * (own + norm)
+
+
+def visits_per_token(architecture: Architecture, sequence_length: int) -> float:
+    """Return how many experts a token visits on its way through all layers, on average, while training."""
+    model, sparsity, mod = architecture.model, architecture.sparsity, architecture.mod
+    if not isinstance(sparsity, MoEConfig):
+        return 0.0
+    sparse = range(model.num_layers - num_sparse_layers(model, sparsity), model.num_layers)
+    visits = float(len(sparse))
+    if isinstance(mod, DepthConfig):
+        skippable = [(place, layer) for place, layer in enumerate(mod.skippable_layers(model.num_layers))]
+        shares = [
+            mod.num_processed(sequence_length, place) / sequence_length for place, layer in skippable if layer in sparse
+        ]
+        visits += sum(shares) - len(shares)
+    return visits * experts_per_token(sparsity)
+
+
 def _expert_weights(model: ModelConfig, sparsity: MoEConfig) -> tuple[int, int]:
     """Return the matrix weights of one expert, and those that all experts of a layer have in common."""
     matrix = model.hidden_size * expert_width(model, sparsity)

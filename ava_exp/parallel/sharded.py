@@ -1,4 +1,4 @@
-"""Weights, gradients and optimizer states cut over the ranks, along their first dimension [zhao2023fsdp].
+"""Weights, gradients and optimizer states cut over the ranks [zhao2023fsdp].
 
 A layer's weights are put together when it is computed, and forgotten again.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,15 +29,16 @@ def shard(model: Decoder, device: torch.device, ranks: Ranks, compute: torch.dty
     """
     mesh: DeviceMesh = init_device_mesh(device.type, (ranks.num_ranks,))
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    cut = partial(_placement, num_ranks=ranks.num_ranks)
     for unit in (*model.blocks, *model.prediction_heads):
-        fully_shard(unit, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        fully_shard(unit, mesh=mesh, mp_policy=policy, shard_placement_fn=cut)
+    fully_shard(model, mesh=mesh, mp_policy=policy, shard_placement_fn=cut, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
     for name, parameter in model.named_parameters():
-        if not isinstance(parameter, DTensor) or parameter.placements != (Shard(0),):
+        if not isinstance(parameter, DTensor) or not isinstance(parameter.placements[0], Shard):
             raise RuntimeError(f"`distributed=fsdp2` was asked for, but {name} is not cut over the ranks")
 
 
@@ -78,8 +80,11 @@ class ShardedUpdater(Updater):
     def cut(self, name: str, whole: Tensor) -> Tensor:
         if name not in self.model_parameters or whole.ndim == 0:
             return whole
-        parts = whole.chunk(self.ranks.num_ranks)
-        return parts[self.ranks.rank] if self.ranks.rank < len(parts) else whole[:0]
+        parameter = self.model_parameters[name]
+        assert isinstance(parameter, DTensor) and isinstance(parameter.placements[0], Shard)
+        dim = parameter.placements[0].dim
+        parts = whole.chunk(self.ranks.num_ranks, dim)
+        return parts[self.ranks.rank] if self.ranks.rank < len(parts) else whole.narrow(dim, 0, 0)
 
 
 class FullySharded(Alone):
@@ -103,6 +108,15 @@ class FullySharded(Alone):
     def verify(self) -> None:
         """Raise RuntimeError unless the ranks agree on what is not cut."""
         self._verify_alike(self.updater.buffers)
+
+
+def _placement(parameter: nn.Parameter, num_ranks: int) -> Shard:
+    """Cut along the first dimension that gives all ranks as much: of stacked experts there may be fewer than ranks.
+
+    Where there is none, along the first one; some ranks then have more than others.
+    """
+    even = (dim for dim, size in enumerate(parameter.shape) if size % num_ranks == 0)
+    return Shard(next(even, 0))
 
 
 def _part(tensor: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ def build_decoder(config: RunConfig, runtime: Runtime, precision: Precision | No
 def build_trained_decoder(config: RunConfig, runtime: Runtime) -> Decoder:
     """Build the model as it is trained. Raises ConfigError where the device cannot do what `training` asks for."""
     training = config.training
-    raise_if_fatal(offload_faults(DeviceType(runtime.device.type), training.offload_activations))
+    raise_if_fatal(offload_faults(DeviceType(runtime.resolution.device), training.offload_activations))
     is_sharded = runtime.ranks.backend is Backend.fsdp2
     model = build_decoder(config, runtime, Precision.fp32 if is_sharded and runtime.mixed else None)
     runtime.shard(model)

@@ -21,12 +21,13 @@ from ava_exp.models.arithmetic import (
     forward_flops_per_token,
     training_flops_per_token,
 )
+from ava_exp.models.backends import STATE
 from ava_exp.models.memory import WEIGHT_BYTES, MemoryEstimate, estimate_memory
 from ava_exp.models.zero import STAGES, ZeroMemory, divide, layer_parameters
+from ava_exp.stages.numbers import duration, money, rounded, short, table_of
+from ava_exp.stages.scaling import FITS, GB, GIB, back_end_tables, can_offload
 from ava_exp.training.forecast import forecast, tokens_per_second
 
-GIB = 2**30
-GB = 1e9
 FORMATS = {
     "fp32": Precision.fp32,
     "mixed": Precision.mixed_bf16,
@@ -34,9 +35,6 @@ FORMATS = {
     "bf16": Precision.bf16,
 }
 """Columns of the memory table; `mixed_fp16` takes as much as `mixed_bf16`."""
-STATE = ("weights", "master_weights", "gradients", "optimizer")
-"""Parts of the memory that do not depend on the batch."""
-FITS = "✓"
 
 
 def run(config: RunConfig) -> int:
@@ -49,12 +47,14 @@ def run(config: RunConfig) -> int:
     console.print(_flops(config))
     console.print(_memory_table(config))
     console.print(_time(config, breakdown))
+    for part in back_end_tables(config):
+        console.print(part)
     return EXIT_OK
 
 
 def _parameter_table(config: RunConfig, breakdown: ParameterBreakdown) -> Table:
     model = config.model
-    table = _table(f"Parameters of {model.preset}", "part", "total", "active per token")
+    table = table_of(f"Parameters of {model.preset}", "part", "total", "active per token")
     for part in breakdown.parts:
         table.add_row(part.name, f"{part.total:,}", f"{part.active:,}")
     table.add_section()
@@ -80,8 +80,8 @@ def _claims(config: RunConfig, breakdown: ParameterBreakdown) -> Iterator[str]:
         state = sum(getattr(whole, part) for part in STATE)
         yield (
             f"Its source claims {model.claimed_memory_gb:,g} GB of memory ({model.claimed_hardware}): the weights in "
-            f"16 bits are {_size(whole.weights / GB)} GB, with gradients and Adam in mixed precision "
-            f"{_size(state / GB)} GB."
+            f"16 bits are {rounded(whole.weights / GB)} GB, with gradients and Adam in mixed precision "
+            f"{rounded(state / GB)} GB."
         )
 
 
@@ -124,29 +124,24 @@ def fits(memory: ZeroMemory, hardware: HardwareConfig) -> bool:
 def _memory_table(config: RunConfig) -> Table:
     hardware, formats = config.hardware, FORMATS.values()
     work = f"{_batch_size(config)} × {config.data.sequence_length} tokens"
-    table = _table(f"Training memory of a device in GiB: Adam, {work}", "part", *FORMATS)
+    table = table_of(f"Training memory of a device in GiB: Adam, {work}", "part", *FORMATS)
     wholes = [device_memory(config, precision, stage=0).device for precision in formats]
     for part in fields(MemoryEstimate):
         if any(sizes := [getattr(whole, part.name) for whole in wholes]):
-            table.add_row(part.name.replace("_", " "), *(_size(size / GIB) for size in sizes))
+            table.add_row(part.name.replace("_", " "), *(rounded(size / GIB) for size in sizes))
     table.add_section()
     answer = "Nothing fits"
     for name, stage, offload in _divisions(hardware):
         divided = [device_memory(config, precision, stage=stage, offload=offload) for precision in formats]
         marks = [FITS if fits(memory, hardware) else " " for memory in divided]
         answer = f"{FITS} fits" if FITS in marks else answer
-        table.add_row(name, *(f"{_size(m.total / GIB)} {mark}" for m, mark in zip(divided, marks, strict=True)))
+        table.add_row(name, *(f"{rounded(m.total / GIB)} {mark}" for m, mark in zip(divided, marks, strict=True)))
     if can_offload(hardware):
         table.add_section()
-        table.add_row("host memory of offload", *(_size(memory.host / GIB) for memory in divided))
+        table.add_row("host memory of offload", *(rounded(memory.host / GIB) for memory in divided))
     if hardware.memory_gib is not None:
         table.caption = f"{answer} {hardware.name} ({hardware.memory_gib:g} GiB)."
     return table
-
-
-def can_offload(hardware: HardwareConfig) -> bool:
-    """Whether the host has memory of its own: a CPU is the host, and an Apple GPU shares its memory."""
-    return hardware.device not in (DeviceType.cpu, DeviceType.mps)
 
 
 def _divisions(hardware: HardwareConfig) -> list[tuple[str, int, bool]]:
@@ -169,7 +164,7 @@ def _time(config: RunConfig, breakdown: ParameterBreakdown) -> Table | str:
             "`hardware.peak_tflops.bf16=1.0`."
         )
     devices = f"{hardware.num_devices} × {hardware.name}" if hardware.num_devices > 1 else hardware.name
-    table = _table(
+    table = table_of(
         f"Time on {devices} at an assumed MFU of {stage.assumed_mfu:g}",
         *("format", "TFLOP/s", "tokens/s", "steps", "tokens", "time"),
         *(("cost",) if hardware.price_per_hour else ()),
@@ -177,7 +172,7 @@ def _time(config: RunConfig, breakdown: ParameterBreakdown) -> Table | str:
     for name, peak in peaks.items():
         if peak is not None:
             rate = tokens_per_second(config, peak_tflops=peak, assumed_mfu=stage.assumed_mfu)
-            table.add_row(name, f"{peak:g}", _size(rate), *_budget_cells(config, breakdown, rate))
+            table.add_row(name, f"{peak:g}", rounded(rate), *_budget_cells(config, breakdown, rate))
     if config.budget.epochs is not None:
         table.caption = "`budget.epochs` is left out: how long an epoch is, only the data tells."
     return table
@@ -187,36 +182,5 @@ def _budget_cells(config: RunConfig, breakdown: ParameterBreakdown, rate: float)
     expected = forecast(config, breakdown, rate)
     if expected is None:
         return []
-    cost = [] if expected.cost is None else [_money(expected.cost)]
-    return [f"{expected.steps:,}", short(expected.tokens), _duration(expected.seconds), *cost]
-
-
-def _table(title: str, *columns: str) -> Table:
-    """Return an empty table: a column of names, and columns of numbers."""
-    table = Table(title=title)
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left")
-    return table
-
-
-def _size(number: float) -> str:
-    return f"{number:,.2f}" if number < 1000 else f"{number:,.0f}"
-
-
-def _money(amount: float) -> str:
-    return f"{amount:,.2f}" if amount < 1e6 else short(amount)
-
-
-def short(number: float) -> str:
-    """Return a number in a few digits: 1.83 B."""
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
-        if number >= size:
-            return f"{number / size:.2f} {unit}"
-    return f"{number:,.0f}"
-
-
-def _duration(seconds: float) -> str:
-    for unit, size in (("years", 365.25 * 86_400), ("days", 86_400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:,.1f} {unit}"
-    return f"{seconds:,.1f} s"
+    cost = [] if expected.cost is None else [money(expected.cost)]
+    return [f"{expected.steps:,}", short(expected.tokens), duration(expected.seconds), *cost]

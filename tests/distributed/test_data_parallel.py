@@ -23,6 +23,7 @@ DETERMINISTIC = ("model.dropout=0", "hardware.num_devices=2")
 KINDS = {
     "dense": ("sparsity=dense",),
     "topk": ("sparsity=moe", "router=topk"),
+    "three experts": ("sparsity=moe", "router=topk", "model.num_experts=3"),
     "deepseek": ("sparsity=moe", "router=deepseek"),
     "learned depth": ("sparsity=dense", "mod=learned"),
     "hybrid": ("sparsity=moe", "mod=learned", "mod.layers=alternating"),

@@ -15,6 +15,7 @@ from ava_exp.config.machine import Precision
 from ava_exp.config.run import RunConfig
 from ava_exp.models.arithmetic import count_parameters
 from ava_exp.stages.plan import GIB, can_offload, device_memory, fits, short
+from tests.golden.pages import filled, markdown
 
 PAGE = Path(__file__).parents[2] / "docs" / "presets.md"
 
@@ -52,10 +53,10 @@ def tables() -> dict[str, str]:
         for hardware, config in zip(HARDWARE[name], configs, strict=False)
     ]
     return {
-        "sizes": _markdown(
+        "sizes": markdown(
             ("`model=`", "layers × width", "heads", "experts", "claimed", "total", "claimed active", "active"), sizes
         ),
-        "memory": _markdown(
+        "memory": markdown(
             (
                 "`model=`",
                 "its source says",
@@ -120,19 +121,9 @@ def _memory_row(name: str, hardware: str, config: RunConfig) -> list[str]:
     ]
 
 
-def _markdown(header: tuple[str, ...], rows: list[list[str]]) -> str:
-    lines = [[*header], ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |".replace("|  |", "| |").replace("|  |", "| |") for line in lines)
-
-
 def with_tables(page: str) -> str:
     """Return the page with its tables written anew."""
-    for name, table in tables().items():
-        start, end = f"<!-- {name} -->\n", "\n<!-- end -->"
-        before, _, rest = page.partition(start)
-        assert rest, f"{PAGE} has no {start!r}"
-        page = before + start + table + end + rest.partition(end)[2]
-    return page
+    return filled(page, tables())
 
 
 if __name__ == "__main__":

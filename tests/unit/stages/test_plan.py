@@ -15,7 +15,7 @@ from ava_exp.config.machine import Precision
 from ava_exp.errors import EXIT_OK
 from ava_exp.models.arithmetic import count_parameters
 from ava_exp.models.memory import estimate_memory
-from ava_exp.stages import plan
+from ava_exp.stages.numbers import duration
 
 if TYPE_CHECKING:
     from tests.conftest import CommandLine
@@ -187,4 +187,4 @@ def test_epochs_alone_give_a_rate_and_no_time(planned: CommandLine) -> None:
     [(0.5, "0.5 s"), (119, "119.0 s"), (120, "2.0 min"), (7200, "2.0 h"), (172_800, "2.0 days"), (1e8, "3.2 years")],
 )
 def test_durations_are_told_in_a_unit_that_suits(seconds: float, expected: str) -> None:
-    assert plan._duration(seconds) == expected
+    assert duration(seconds) == expected
