@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -65,6 +66,8 @@ def _main(arguments: list[str]) -> int:
             return _print_help()
         if not flags.shell_completion:
             check_overrides(flags.overrides, may_sweep=flags.multirun)
+            if not (flags.multirun or flags.cfg or flags.info or _is_rank()):
+                _refuse_sweep(flags.overrides)
         in_order = _overrides_first(arguments, flags.overrides)
         return _run_hydra(["hydra.mode=RUN", *in_order] if _is_rank() else in_order)
 
@@ -83,6 +86,14 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         if getattr(flags, flag) is not None:
             raise ConfigError(f"`--{flag.replace('_', '-')}` is not accepted: a run is composed from `conf/` alone.")
     return flags
+
+
+def _refuse_sweep(overrides: list[str]) -> None:
+    """A sweep is several runs: without `-m` it would be one of them, with none of what varies."""
+    for override in overrides:
+        if override.startswith(("sweep=", "sweep.")):
+            command = shlex.join(["python", "-m", "ava_exp", "-m", *overrides])
+            raise ConfigError(f"`{override}` is about several runs: write `{command}`.")
 
 
 def _overrides_first(arguments: list[str], overrides: list[str]) -> list[str]:
@@ -117,7 +128,10 @@ def _run_hydra(arguments: list[str]) -> int:
         return points.run(config)
 
     task.__module__ = "__main__"  # or Hydra reads options from the package of the function's module too
-    hydra.main(version_base="1.3", config_path=None, config_name=CONFIG_NAME)(task)()
+    try:
+        hydra.main(version_base="1.3", config_path=None, config_name=CONFIG_NAME)(task)()
+    except SystemExit as end:  # of Hydra, or of a sweep whose points had processes of their own
+        return end.code if isinstance(end.code, int) else EXIT_OK
     return points.finish()
 
 
@@ -134,8 +148,8 @@ class _Points:
         from hydra.core.hydra_config import HydraConfig
         from hydra.types import RunMode
 
-        hydra_config = HydraConfig.get()
-        if hydra_config.mode is RunMode.MULTIRUN:
+        hydra_config = HydraConfig.get() if HydraConfig.initialized() else None
+        if hydra_config is not None and hydra_config.mode is RunMode.MULTIRUN:  # of Hydra's own sweeper
             print(f"── point {hydra_config.job.num}: {' '.join(hydra_config.overrides.task)}", flush=True)
         code = EXIT_RESUMABLE if EXIT_RESUMABLE in self.codes else _run_point(config)
         self.codes.append(code)

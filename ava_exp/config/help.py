@@ -18,7 +18,7 @@ Flags:
   --cfg job            print the composed configuration, every key with its value, instead of running
   --cfg job --resolve  the same with references resolved
   --info defaults-tree print which files the configuration is composed from
-  -m, --multirun       run every combination of `key=value,value`
+  -m, --multirun       run every combination of `key=value,value`, or the points of `sweep=NAME`
   -sc install=bash     print the shell code that completes groups, options and keys (also zsh, fish)
   --help, --version    print this, or the version
 
@@ -30,6 +30,7 @@ Examples:
   python -m ava_exp stage=plan model=large                 parameters, FLOPs and memory, without training
   python -m ava_exp stage=generate 'stage.prompt="import os"'
   python -m ava_exp -m seed=1,2,3 optimizer.learning_rate=1e-3,3e-3
+  python -m ava_exp -m sweep=router_ablation sweep.num_parallel=2
 """
 
 

@@ -21,6 +21,7 @@ from ava_exp.config.model import MoEConfig
 from ava_exp.config.run import RunConfig
 from ava_exp.config.stage import GenerateConfig, PlanConfig, SurgeryConfig
 from ava_exp.config.surgery import faults_of
+from ava_exp.config.sweep import sweep_faults
 from ava_exp.config.training import AdamWConfig, Recompute, WSDConfig
 
 SPECIAL_TOKENS = 8
@@ -181,6 +182,11 @@ def _compiled_blocks_are_recomputed_whole(config: RunConfig) -> Iterator[Fault]:
         yield error("training.recompute", "`none` or `full` with `training.compile`", training.recompute.value, mend)
 
 
+def _sweep_is_of_one_kind(config: RunConfig) -> Iterator[Fault]:
+    for key, expected, value in sweep_faults(config.sweep):
+        yield error(key, expected, value)
+
+
 def _experts_divide_among_ranks(config: RunConfig) -> Iterator[Fault]:
     number = config.stage.expert_parallel if isinstance(config.stage, PlanConfig) else None
     if number is None or number < 1:
@@ -208,6 +214,7 @@ RULES: tuple[Rule, ...] = (
     _only_bf16_rounds_stochastically,
     _compiled_blocks_are_not_skipped,
     _compiled_blocks_are_recomputed_whole,
+    _sweep_is_of_one_kind,
     _experts_divide_among_ranks,
     _what_is_cut_is_as_it_is,
     _nodes_are_shared_by_training,

@@ -17,6 +17,7 @@ from ava_exp.config.mod import ModConfig, NoModConfig
 from ava_exp.config.model import ModelConfig, SparsityConfig
 from ava_exp.config.prediction import NextTokenConfig, PredictionConfig
 from ava_exp.config.stage import StageConfig
+from ava_exp.config.sweep import SweepConfig
 from ava_exp.config.training import (
     BudgetConfig,
     CheckpointConfig,
@@ -53,6 +54,7 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
     init_from: str | None = None
     """The run whose weights this one starts from: a name, a path or `latest`, its newest checkpoint; or `NAME@STEP`."""
     resume: str = "auto"
@@ -75,6 +77,7 @@ NOT_IDENTITY = frozenset(
         "budget",
         "tracker",
         "hardware",
+        "sweep",
         "distributed",
         "launcher",
         "resume",

@@ -19,15 +19,19 @@ from typing import IO, Any
 from ava_exp.errors import RunFolderError
 from ava_exp.tracking.redaction import redact_text
 
+MEND = "Wait for it, stop it, or start a further attempt beside it with resume=never."
+
 
 class RunLock:
     """Says that one process works in a run folder; the lock file names it. A context manager.
 
-    A lock dies with its process, so that a killed run never has to be unlocked by hand.
+    A lock dies with its process, so that a killed run never has to be unlocked by hand. `mend` is what the refusal
+    advises.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, mend: str = MEND) -> None:
         self.path = path
+        self._mend = mend
         self._file: IO[str] | None = None
 
     def __enter__(self) -> RunLock:
@@ -40,7 +44,7 @@ class RunLock:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             with file:
-                raise RunFolderError(_refusal(self.path, file)) from None
+                raise RunFolderError(f"{_refusal(self.path, file)} {self._mend}") from None
         _name_owner(file)
         _close_in_forks(file)
         self._file = file
@@ -93,10 +97,7 @@ def _refusal(path: Path, file: IO[str]) -> str:
         name = f"process {owner['pid']} on {owner['host']} since {owner['started']} ({owner['command']})"
     except (ValueError, KeyError, TypeError):  # the owner is just writing its name
         name = "another process"
-    return (
-        f"{path.parent} is in use by {name}. "
-        "Wait for it, stop it, or start a further attempt beside it with resume=never."
-    )
+    return f"{path.parent} is in use by {name}."
 
 
 def _close_in_forks(file: IO[str]) -> None:

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 MESSAGE = "@ava_exp "
 """Starts the lines of standard output that are meant for the parent; everything else is noise for the debug log."""
 RUN_TAG = "ava_exp_run"
+SWEEP_TAG = "sweep"
+"""Of a run: the sweep whose point it is."""
+PARENT_TAG = "mlflow.parentRunId"
 STATUSES = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 INTERVAL_S = 3.0
 MAX_WAIT_S = 60.0
@@ -158,6 +161,7 @@ class Destination:
             for group in ("train", "eval", "final", "surgery")
             for metric in client.get_metric_history(self._run_id, f"{group}/loss")
         }
+        attach_to_sweep(client, run, order.get("tags", {}).get(SWEEP_TAG))
         self._log_parameters(order["parameters"], run.data.params)
         client.update_run(self._run_id, status="RUNNING")
 
@@ -240,6 +244,21 @@ def find_or_create_run(client: MlflowClient, order: dict[str, Any], name: str) -
     if found := client.search_runs([experiment], f"tags.{RUN_TAG} = '{name}'", max_results=1):
         return found[0]
     return client.create_run(experiment, tags={**order["tags"], RUN_TAG: name}, run_name=order["name"])
+
+
+def sweep_tag(sweep: str) -> str:
+    """Return the name under which MLflow knows the parent run of a sweep."""
+    return f"sweep:{sweep}"
+
+
+def attach_to_sweep(client: MlflowClient, run: Run, sweep: str | None) -> None:
+    """Make a run a child of its sweep's, where MLflow knows that and the run has no parent yet."""
+    if sweep is None or PARENT_TAG in run.data.tags:
+        return
+    wanted = f"tags.{RUN_TAG} = '{sweep_tag(sweep)}'"
+    if parents := client.search_runs([run.info.experiment_id], wanted, max_results=1):
+        client.set_tag(run.info.run_id, PARENT_TAG, parents[0].info.run_id)
+        client.set_tag(run.info.run_id, SWEEP_TAG, sweep)
 
 
 def _find_or_create_experiment(client: MlflowClient, name: str, artifact_root: str | None) -> str:

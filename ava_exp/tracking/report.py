@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from html import escape
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from ava_exp.tracking.experts import layer_statistics, normalized_entropy, relat
 from ava_exp.tracking.files import restore_numbers, write_atomically
 from ava_exp.tracking.folder import RunFolder
 from ava_exp.tracking.metrics import Record, of_kind, read_metrics
+from ava_exp.tracking.page import figure_section, page
 from ava_exp.tracking.redaction import redact, redact_text
 from ava_exp.tracking.text import format_bytes, format_count, format_seconds
 
@@ -105,7 +104,7 @@ def render(run: RunFiles, figures: list[Path]) -> str:
         _header(run),
         _compression(run.summary),
         _numbers(run),
-        _figures(figures),
+        figure_section(figures, CAPTIONS),
         _experts(run.records),
         _activations(run.records),
         _depth(run.records),
@@ -113,25 +112,7 @@ def render(run: RunFiles, figures: list[Path]) -> str:
         _configuration(run),
         _origins(run),
     ]
-    style = resources.files("ava_exp.tracking").joinpath("report.css").read_text(encoding="utf-8")
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<link rel="icon" href="data:,">
-<title>{escape(run.name)}</title>
-<style>
-{style}</style>
-</head>
-<body>
-<main>
-{"".join(section for section in sections if section)}<footer>Made by ava_exp from the files beside this page.</footer>
-</main>
-</body>
-</html>
-"""
+    return page(run.name, sections)
 
 
 def _header(run: RunFiles) -> str:
@@ -218,19 +199,6 @@ def _numbers(run: RunFiles) -> str:
 
 def _given(form: Callable[[float], str], value: float | None) -> str | None:
     return None if value is None else form(value)
-
-
-def _figures(paths: list[Path]) -> str:
-    figures = [
-        f'<figure><img alt="{path.stem.replace("_", " ")}" src="data:image/png;base64,{_base64(path)}">'
-        f"<figcaption>{escape(CAPTIONS[path.stem])}</figcaption></figure>\n"
-        for path in paths
-    ]
-    return f'<h2>Curves</h2>\n<section class="figures">\n{"".join(figures)}</section>\n' if figures else ""
-
-
-def _base64(path: Path) -> str:
-    return base64.b64encode(path.read_bytes()).decode()
 
 
 EXPERT_COLUMNS = {

@@ -26,7 +26,7 @@ class Checkout:
         self.work = root / "work"
         self.work.mkdir()
         shutil.copytree(ROOT / "ava_exp", self.root / "ava_exp", ignore=shutil.ignore_patterns("__pycache__"))
-        for name in ("conf", "sweeps"):
+        for name in ("conf", "sweeps", "launchers"):
             shutil.copytree(ROOT / name, self.root / name)
         (self.root / "conf" / "local" / "default.yaml").unlink(missing_ok=True)
 
@@ -34,7 +34,7 @@ class Checkout:
         (self.root / "conf" / path).write_text(f"# @package _global_\n{text}\n")
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        environment = os.environ | {"PYTHONPATH": str(self.root)}
+        environment = os.environ | {"PYTHONPATH": f"{self.root}{os.pathsep}{self.root / 'launchers'}"}
         command = [sys.executable, "-m", "ava_exp", *arguments]
         return subprocess.run(command, cwd=self.work, env=environment, capture_output=True, text=True, check=False)
 

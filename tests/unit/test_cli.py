@@ -6,10 +6,15 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import pytest
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn
 
 from ava_exp.config.folders import group_names, option_names
 from ava_exp.config.run import RunConfig
@@ -195,10 +200,65 @@ def test_multirun_into_an_unwritable_folder_is_one_line(
 
 @pytest.mark.parametrize("name", option_names("sweep"))
 def test_a_sweep_runs_by_name(command_line: CommandLine, stage: RecordingStage, name: str) -> None:
-    outcome = command_line(f"sweep={name}", "stage=plan")
+    outcome = command_line("-m", f"sweep={name}", "stage=plan")
     assert outcome.code == EXIT_OK
-    assert len(stage.runs) > 1
+    is_search = bool(stage.runs[0].sweep.optuna.space) or name == "recipe_search"
+    assert len(stage.runs) == 1 if is_search else len(stage.runs) > 1
     assert len({repr(run) for run in stage.runs}) == len(stage.runs)
+
+
+@pytest.mark.parametrize("arguments", [["sweep=learning_rate"], ["seed=1", "sweep.num_parallel=2"]])
+def test_a_sweep_without_its_flag_is_refused_with_the_right_command(
+    command_line: CommandLine, stage: RecordingStage, arguments: list[str]
+) -> None:
+    outcome = command_line("stage=plan", *arguments)
+    assert (outcome.code, stage.runs) == (EXIT_USER_ERROR, [])
+    assert f"write `python -m ava_exp -m stage=plan {' '.join(arguments)}`." in outcome.err
+
+
+@pytest.mark.parametrize("flags", [["--cfg", "job"], ["--info", "defaults"]])
+def test_a_sweep_can_be_looked_at(program: CommandLine, flags: list[str]) -> None:
+    outcome = program("sweep=learning_rate", *flags)
+    assert outcome.code == EXIT_OK, outcome.err
+    assert "sweep" in outcome.out
+
+
+def test_points_that_differ_in_values_are_composed_once(command_line: CommandLine, stage: RecordingStage) -> None:
+    outcome = command_line("-m", "stage=plan", "model=tiny,small", "seed=range(0,30)", "optimizer.learning_rate=1e-3,1")
+    assert outcome.code == EXIT_OK
+    expected = [(m, s, r) for m in ("tiny", "small") for s in range(30) for r in (1e-3, 1.0)]
+    assert [(run.model.preset, run.seed, run.optimizer.learning_rate) for run in stage.runs] == expected
+
+
+def test_hydras_own_sweeper_can_be_chosen(command_line: CommandLine, stage: RecordingStage) -> None:
+    outcome = command_line("-m", "hydra/sweeper=basic", "stage=plan", "seed=1,2")
+    assert outcome.code == EXIT_OK
+    assert [run.seed for run in stage.runs] == [1, 2]
+    assert "── point 1: stage=plan seed=2" in outcome.out
+
+
+class FakeLauncher(BasicLauncher):
+    """Runs points here, and remembers that it was asked to."""
+
+    launched: ClassVar[list[list[str]]] = []
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        self.launched.extend([*overrides] for overrides in job_overrides)
+        return super().launch(job_overrides, initial_job_idx)
+
+
+def test_a_launcher_of_hydra_gets_all_points(
+    command_line: CommandLine, stage: RecordingStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "hydra_plugins.fake.FakeLauncher"
+    monkeypatch.setitem(Plugins.instance().class_name_to_class, name, FakeLauncher)
+    monkeypatch.setattr(FakeLauncher, "launched", [])
+    ConfigStore.instance().store(group="hydra/launcher", name="fake", node={"_target_": name}, provider="tests")
+    stage.ends = {2: EXIT_USER_ERROR}
+    outcome = command_line("-m", "hydra/launcher=fake", "stage=plan", "seed=1,2,3")
+    assert FakeLauncher.launched == [["stage=plan", f"seed={seed}"] for seed in (1, 2, 3)]
+    assert [run.seed for run in stage.runs] == [1, 2, 3]
+    assert outcome.code == EXIT_USER_ERROR
 
 
 def test_a_sweep_is_kept_with_the_outputs(command_line: CommandLine, stage: RecordingStage, tmp_path: Path) -> None:

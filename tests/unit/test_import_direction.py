@@ -24,6 +24,7 @@ LAYERS = (
     {"training"},
     {"alignment", "control"},
     {"stages"},
+    {"sweeping"},
     {"cli", "runs", "__main__"},
 )
 """Parts of `ava_exp`, lowest first. A part imports from its own layer and from those below it."""
@@ -39,6 +40,7 @@ ONLY_IN = {
 MAY_TOUCH_THE_ENVIRONMENT = {
     "ava_exp/runtime.py",
     "ava_exp/cli.py",  # sets HYDRA_FULL_ERROR: Hydra has no other way to be told to raise
+    "ava_exp/sweeping/start.py",  # gives a point its GPU
     "ava_exp/tracking/mlflow_follower.py",  # sets what MLflow can be told in no other way
     "launchers/ava_launchers/rank.py",  # tells a process its place among the others
     "launchers/ava_launchers/slurm.py",  # hides a job's variables from the next one

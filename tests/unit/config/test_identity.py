@@ -71,6 +71,7 @@ def test_identity_does_not_depend_on_how_the_run_was_written_down() -> None:
         "budget.steps=3",
         "stage=evaluate",
         "tracker=none",
+        "sweep=learning_rate",
         "hardware=h100",
         "launcher=slurm",
         "resume=never",

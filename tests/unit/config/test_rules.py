@@ -251,7 +251,7 @@ def run_with(key: str) -> RunConfig:
 def test_every_number_has_a_bound_or_a_reason_to_have_none() -> None:
     bounded = {key for bound in BOUNDS for key in bound.keys}
     trees = {"sparsity.router.branching", "sparsity.router.choices"}
-    checked_elsewhere = {"optimizer.betas", "tokenizer.vocab_size", "stage.value"} | trees
+    checked_elsewhere = {"optimizer.betas", "sweep.devices", "tokenizer.vocab_size", "stage.value"} | trees
     any_number_will_do = {"stage.generation_seed"}
     numbers = {key for key in all_keys() if any(is_number(annotation) for annotation in annotations_at(key))}
     assert numbers - bounded - checked_elsewhere - any_number_will_do == set()
