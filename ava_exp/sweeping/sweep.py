@@ -17,8 +17,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from ava_exp.config.bounds import BOUNDS, value_at
 from ava_exp.config.compose import composition_errors_in_one_line, to_run_config
-from ava_exp.config.faults import is_blocked
+from ava_exp.config.faults import Fault, error, is_blocked
 from ava_exp.config.identity import run_id, to_plain
+from ava_exp.config.launcher import SlurmLauncherConfig
 from ava_exp.config.machine import MLflowConfig
 from ava_exp.config.points import PointComposer
 from ava_exp.config.run import RunConfig
@@ -260,7 +261,7 @@ class Sweep:
 
     def _is_sound(self, point: Point) -> bool:
         """Whether a point may start; one with faults is told at once and counts as failed."""
-        faults = validate(point.config)
+        faults = [*validate(point.config), *_must_stay(point.config)]
         if not is_blocked(faults):
             return True
         point.status, point.code, point.error = PointStatus.failed, EXIT_USER_ERROR, str(faults[0])
@@ -355,3 +356,12 @@ def print_line(text: str) -> None:
 def complain(text: str) -> None:
     """Say what went wrong, on standard error."""
     print(f"ava_exp: {text}", file=sys.stderr, flush=True)
+
+
+def _must_stay(config: RunConfig) -> list[Fault]:
+    """A point has ended when its process has: one that submits a job and leaves would seem to have failed."""
+    launcher = config.launcher
+    if not isinstance(launcher, SlurmLauncherConfig) or launcher.wait:
+        return []
+    mend = "As many jobs as `sweep.num_parallel` are then in the queue at a time."
+    return [error("launcher.wait", "true in a sweep", launcher.wait, mend)]
