@@ -82,7 +82,7 @@ def test_a_rank_launches_nothing(
 
 
 def test_points_are_launched_one_by_one(command_line: CommandLine, launcher: RecordingLauncher) -> None:
-    command_line("-m", *TWO, "seed=3,4")
+    command_line("-m", "hydra/sweeper=basic", *TWO, "seed=3,4")  # the default one gives each point a process
     assert launcher.launched == [(seed, [*TWO, f"seed={seed}"]) for seed in (3, 4)]
 
 
@@ -94,7 +94,7 @@ def test_a_rank_is_one_point_of_a_sweep(
     monkeypatch.setenv("WORLD_SIZE", "1")
     outcome = command_line("~local", "sweep=learning_rate", "optimizer.learning_rate=0.125")
     assert outcome.code == 0, outcome.err
-    assert [(run.optimizer.learning_rate, run.budget.seconds) for run in seen] == [(0.125, 60)]
+    assert [run.optimizer.learning_rate for run in seen] == [0.125], "one run, whatever the sweep's own points are"
 
 
 def test_a_fault_is_told_before_anything_is_launched(command_line: CommandLine, launcher: RecordingLauncher) -> None:
