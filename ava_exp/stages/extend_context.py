@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ava_exp.config.identity import difference_from_default, to_plain
+from ava_exp.config.identity import difference_from_default, flatten, to_plain
 from ava_exp.config.model import RopeScaling
 from ava_exp.config.run import RunConfig
 from ava_exp.config.stage import ExtendContextConfig, PositionBins, PretrainConfig
@@ -25,10 +25,11 @@ from ava_exp.evaluation.positions import PositionLoss, bin_edges, evaluate_by_po
 from ava_exp.models.decoder import Decoder
 from ava_exp.runtime import Runtime, open_runtime
 from ava_exp.stages import assembly
-from ava_exp.stages.pretrain import choose_attempt, flatten, train
+from ava_exp.stages.pretrain import train
 from ava_exp.stages.runs import (
     LATEST,
     InitialWeights,
+    choose_attempt,
     find_initial_weights,
     find_run,
     read_config,

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from ava_exp.config.identity import difference_from_default, run_id, to_plain
+from ava_exp.config.identity import difference_from_default, flatten, to_plain
 from ava_exp.config.run import RunConfig
 from ava_exp.data.prepare import PreparedData
 from ava_exp.errors import EXIT_OK, EXIT_RESUMABLE, CheckpointError, RunFolderError
@@ -32,8 +32,15 @@ from ava_exp.runtime import (
     reset_peak_memory,
 )
 from ava_exp.stages import assembly
-from ava_exp.stages.runs import INITIAL, InitialWeights, recorded_initial_weights, with_initial_weights
-from ava_exp.tracking.folder import RunFolder, new_attempt, newest_attempt
+from ava_exp.stages.runs import (
+    INITIAL,
+    ORIGIN,
+    InitialWeights,
+    choose_attempt,
+    recorded_initial_weights,
+    with_initial_weights,
+)
+from ava_exp.tracking.folder import RunFolder
 from ava_exp.tracking.lock import RunLock
 from ava_exp.tracking.logs import RecordLog, configure_logging
 from ava_exp.tracking.metadata import collect_metadata
@@ -46,7 +53,6 @@ from ava_exp.training.budget import resolve_total_steps
 from ava_exp.training.checkpoint import (
     newest_good_checkpoint,
     read_checkpoint,
-    resolve_checkpoint,
     set_aside_after,
     sweep_leftovers,
 )
@@ -63,9 +69,6 @@ from ava_exp.training.signals import SignalRequests
 from ava_exp.training.state import TrainState
 
 logger = logging.getLogger(__name__)
-
-ORIGIN = "origin.json"
-"""Where an attempt began, when that is another run's checkpoint."""
 
 
 def run(config: RunConfig) -> int:
@@ -122,26 +125,6 @@ def _write_failure(folder: RunFolder) -> None:
         _write_status(folder, RunStatus.failed)
     except RunFolderError as another:  # on a full disk: what went wrong first is what matters
         logger.warning("the run's status is not up to date: %s", another)
-
-
-def choose_attempt(config: RunConfig) -> RunFolder:
-    """Return the folder to work in: the newest attempt at this run, or a new one where `resume` asks for that.
-
-    A path is looked at before a folder is made, so that a refused one leaves no empty attempt to go on with. What it
-    leads to is written down: `outputs/latest` will soon lead to the new attempt itself.
-    """
-    output_dir, name = Path(config.output_dir), run_id(config)
-    newest = newest_attempt(output_dir, name)
-    if newest is not None and config.resume != "never":
-        asked_for = newest.read_json(ORIGIN, {}).get("resume")
-        if config.resume in ("auto", asked_for):
-            return newest.create()
-    if config.resume in ("auto", "never"):
-        return new_attempt(output_dir, name)
-    checkpoint = resolve_checkpoint(Path(config.resume))
-    folder = new_attempt(output_dir, name)
-    folder.write_json(ORIGIN, {"resume": config.resume, "checkpoint": str(checkpoint.resolve())})
-    return folder
 
 
 class Pretraining:
@@ -498,14 +481,6 @@ class Pretraining:
         )
         _tell(f"Report: {self.folder.report}")
         return EXIT_OK
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested mappings as one, with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _write_status(folder: RunFolder, status: RunStatus, step: int | None = None, total: int | None = None) -> None:

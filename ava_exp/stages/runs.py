@@ -1,4 +1,4 @@
-"""Finds runs by what a user calls them, and the weights that a run starts from."""
+"""Finds runs by what a user calls them, the folder that a run works in, and the weights that it starts from."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ import yaml
 from ava_exp.config.identity import from_plain, run_id
 from ava_exp.config.run import RunConfig
 from ava_exp.errors import CheckpointError, RunFolderError, UserError, did_you_mean
-from ava_exp.tracking.folder import RunFolder, newest_attempt
+from ava_exp.tracking.folder import RunFolder, new_attempt, newest_attempt
 from ava_exp.training.checkpoint import (
     Snapshot,
     folder_of,
     list_checkpoints,
     newest_good_checkpoint,
+    resolve_checkpoint,
     step_of,
     weights_fingerprint,
 )
@@ -26,6 +27,8 @@ from ava_exp.training.checkpoint import (
 LATEST = "latest"
 INITIAL = "initial.json"
 """Whose weights a run began with; `latest` soon leads to the run itself."""
+ORIGIN = "origin.json"
+"""Where an attempt began, when that is another run's checkpoint."""
 AT_STEP = re.compile(r"(?P<run>.+)@(?P<step>\d+)(?:-(?P<fingerprint>[0-9a-f]{8}))?")
 
 
@@ -154,3 +157,23 @@ def with_initial_weights(config: RunConfig) -> tuple[RunConfig, InitialWeights |
                 return same, recorded
     initial = find_initial_weights(config, config.init_from)
     return dataclasses.replace(config, init_from=initial.name), initial
+
+
+def choose_attempt(config: RunConfig) -> RunFolder:
+    """Return the folder to work in: the newest attempt at this run, or a new one where `resume` asks for that.
+
+    A path is looked at before a folder is made, so that a refused one leaves no empty attempt to go on with. What it
+    leads to is written down: `outputs/latest` will soon lead to the new attempt itself.
+    """
+    output_dir, name = Path(config.output_dir), run_id(config)
+    newest = newest_attempt(output_dir, name)
+    if newest is not None and config.resume != "never":
+        asked_for = newest.read_json(ORIGIN, {}).get("resume")
+        if config.resume in ("auto", asked_for):
+            return newest.create()
+    if config.resume in ("auto", "never"):
+        return new_attempt(output_dir, name)
+    checkpoint = resolve_checkpoint(Path(config.resume))
+    folder = new_attempt(output_dir, name)
+    folder.write_json(ORIGIN, {"resume": config.resume, "checkpoint": str(checkpoint.resolve())})
+    return folder

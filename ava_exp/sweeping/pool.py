@@ -7,47 +7,32 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import FrameType, TracebackType
-from typing import Any
+from types import FrameType
 
 from ava_exp.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_RESUMABLE, EXIT_USER_ERROR
 from ava_exp.sweeping.record import Point, PointStatus, SweepRecord, is_finished, objective_of
 from ava_exp.sweeping.source import PointSource
 from ava_exp.sweeping.start import Slot, Start, Work
 from ava_exp.tracking.text import format_seconds
+from ava_exp.training.signals import STOP_SIGNALS, SignalRequests
 
 POLL_S = 0.1
 WATCH_S = 1.0
 """How often running points are looked at for pruning."""
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 NOT_ENDED = (PointStatus.waiting, PointStatus.running)
 Tell = Callable[[str], None]
 
 
-class Requests:
+class Requests(SignalRequests):
     """Signals to a sweep: the first to stop lets its points save, a further one ends them; SIGUSR1 is handed on."""
 
     def __init__(self) -> None:
+        super().__init__(tells=False)
         self.num_stops = 0
-        self.save = False
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> Requests:
-        for number in (*STOP_SIGNALS, signal.SIGUSR1):
-            self._previous[number] = signal.signal(number, self._on_signal)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGUSR1:
-            self.save = True
-        else:
-            self.num_stops += 1
+        super()._on_signal(number, frame)
+        self.num_stops += number in STOP_SIGNALS
 
 
 @dataclass(slots=True)

@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, Self
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, *(getattr(signal, n) for n in ("SIGUSR2",) if hasattr(signal, n)))
 SAVE_SIGNALS = tuple(getattr(signal, name) for name in ("SIGUSR1",) if hasattr(signal, name))
@@ -22,7 +22,7 @@ class SignalRequests:
         self.save = False
         self._previous: dict[int, Any] = {}
 
-    def __enter__(self) -> SignalRequests:
+    def __enter__(self) -> Self:
         for number in (*STOP_SIGNALS, *SAVE_SIGNALS):
             self._previous[number] = signal.signal(number, self._on_signal)
         return self
