@@ -100,8 +100,7 @@ class SlurmLauncher:
         """
         if not config.stage.trains:
             return f"{config.name}-{config.stage.name}", None, []
-        from ava_exp.stages.pretrain import choose_attempt
-        from ava_exp.stages.runs import with_initial_weights
+        from ava_exp.stages.runs import choose_attempt, with_initial_weights
 
         resolved, initial = with_initial_weights(config)
         folder = choose_attempt(resolved)
