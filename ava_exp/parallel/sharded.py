@@ -46,6 +46,7 @@ class ShardedUpdater(Updater):
     """Updates this rank's parts. They are plain tensors, which share their memory with what the model holds."""
 
     is_sharded = True
+    holds_model = False
 
     def __init__(self, model: Decoder, *arguments: Any, ranks: Ranks, **settings: Any) -> None:
         self.ranks = ranks

@@ -3,7 +3,7 @@
 Annotations are evaluated here, since torch looks at those of a hook.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -21,6 +21,8 @@ class Alone:
     """One process. `objective` is what is called for a micro-batch's terms."""
 
     ranks = Ranks()
+    backward: Callable[[Tensor], None] | None = None
+    """Computes gradients, where that is not what the device does on its own."""
 
     def __init__(self, objective: nn.Module, updater: Updater) -> None:
         self.objective, self.updater = objective, updater
