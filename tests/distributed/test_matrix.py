@@ -1,4 +1,4 @@
-"""Ranks compute what one process computes on the same global batches: every back end, kind of model and accumulation."""
+"""Ranks compute what one process computes on the same global batches: every back end, kind of model, accumulation."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from ava_exp.config.distributed import Backend
 from tests.distributed.matrix import (
     ACCUMULATIONS,
     HEADER,
-    IN_16_BITS,
     IN_FP32,
+    IN_MIXED,
     PAGE,
     compare,
     rows,
@@ -37,7 +37,7 @@ def test_ranks_train_as_one_process_does(tmp_path: Path, reference: Path, backen
         assert [each.code for each in ended] == [0] * num_ranks, f"{training}: {ended}"
         if num_ranks > 1 and training.kind == "experts":
             assert any(each.num_idle for each in ended), "an expert without tokens on one rank is what this is about"
-    for training, found in compare(tmp_path, reference).items():
+    for training, found in compare(tmp_path, reference, backend).items():
         assert found.is_within(training.bound), f"{training}: {found}"
 
 
@@ -50,6 +50,6 @@ def test_the_page_has_every_back_end_within_its_bounds() -> None:
     ]
     assert [line[:3] for line in lines] == expected
     for line in lines:
-        for cell, bound in zip(line[3:], [IN_FP32] * 5 + [IN_16_BITS], strict=True):
+        for cell, bound in zip(line[3:], [IN_FP32] * 5 + [IN_MIXED], strict=True):
             numbers, weights = map(float, cell.split(",")) if cell else (0.0, 0.0)
             assert numbers <= bound.numbers and weights <= bound.weights, line
