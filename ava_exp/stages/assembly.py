@@ -241,7 +241,7 @@ def build_trainer(
     peak = runtime.resolution.peak_tflops
     state = state or TrainState()
     terms = build_terms(config)
-    strategy = runtime.spread(Objective(model, terms, runtime.ranks), updater, model)
+    strategy = runtime.spread(Objective(model, terms, runtime.ranks), updater, model, config.distributed)
     return Trainer(
         model,
         build_loader(config, runtime, data),
