@@ -149,15 +149,15 @@ class DataParallel(Alone):
 
         sent = sums.to(self.compression) if isinstance(self.compression, torch.dtype) else sums
         if isinstance(self.compression, LowRankSums):
-            added: torch.futures.Future[Any] = torch.futures.Future()
-            added.set_result(None)  # when the pass is over
-            return added.then(keep)
+            later: torch.futures.Future[Any] = torch.futures.Future()
+            later.set_result(None)
+            return later.then(keep)  # gradients are added up when the pass is over
         self._num_bytes += sent.nbytes
         if self.compression is not None and self.distance is not None:
             self._exact.append((sums, exact := sums.clone(), dist.all_reduce(exact, async_op=True)))
         work = dist.all_reduce(sent, async_op=True)
         assert work is not None
-        added = work.get_future().then(keep)
+        added: torch.futures.Future[Tensor] = work.get_future().then(keep)
         return added
 
     @contextmanager

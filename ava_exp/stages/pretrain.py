@@ -32,6 +32,7 @@ from ava_exp.runtime import (
     reset_peak_memory,
 )
 from ava_exp.stages import assembly
+from ava_exp.stages.failure import explain, forget_failure
 from ava_exp.stages.runs import (
     INITIAL,
     ORIGIN,
@@ -111,6 +112,7 @@ def train(
             if initial is not None and recorded_initial_weights(folder) is None:
                 folder.write_json(INITIAL, initial.record())  # before `latest` leads here
             folder.point_latest(Path(config.output_dir))
+            forget_failure(folder)
         try:
             return Pretraining(config, folder, requests, initial, measure, ranks).run()
         except BaseException as error:
@@ -118,6 +120,9 @@ def train(
             logger.debug("the run ended with %s", type(error).__name__, exc_info=True)
             if ranks.is_first:
                 _write_failure(folder)
+            reason = explain(error, folder, ranks)
+            if reason is not error:
+                raise reason from error
             raise
 
 

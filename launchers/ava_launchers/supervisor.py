@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ava_exp.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, EXIT_RESUMABLE
+from ava_exp.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, EXIT_OTHER_RANK, EXIT_RESUMABLE
 from ava_launchers.rank import DUMP_SIGNAL, Place, Rank
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
@@ -119,6 +119,8 @@ class Supervisor:
         code, others = rank.code or 0, len(self._alive())
         if self._hangs:
             return  # told already
+        if code == EXIT_OTHER_RANK:
+            return  # told by the one that failed
         if self._stops and code in {EXIT_INTERRUPTED, *(-number for number in self._stops)}:
             return  # it was asked to end and had nothing to save
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
@@ -152,14 +154,15 @@ class Supervisor:
             rank.kill()
 
     def _is_told_by_the_first(self) -> bool:
-        """Whether rank 0 is here and ended as the first failure did: then the others' sentences are its own."""
+        """Whether rank 0 is here and ended as the first failure did, or because of it: then it has told what the others
+        tell."""
         first = self._ranks[0] if self._ranks else None
-        return first is not None and first.number == 0 and first.code == self._exit_code()
+        return first is not None and first.number == 0 and first.code in (self._exit_code(), EXIT_OTHER_RANK)
 
     def _exit_code(self) -> int:
         if self._hangs:
             return EXIT_FAILURE
-        for rank in self._ended:
+        for rank in sorted(self._ended, key=lambda rank: rank.code == EXIT_OTHER_RANK):
             if rank.code is not None and self._has_failed(rank):
                 return rank.code if rank.code > 0 else 128 - rank.code
         return max((rank.code or 0 for rank in self._ended), default=EXIT_FAILURE)

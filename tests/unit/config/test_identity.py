@@ -87,7 +87,9 @@ def test_what_is_not_identity_leaves_the_hash_alone(override: str) -> None:
 
 
 def test_compressed_gradients_make_another_run() -> None:
-    hashes = {config_hash(composed(f"distributed.gradient_compression={name}")) for name in ("none", "fp16", "powersgd")}
+    hashes = {
+        config_hash(composed(f"distributed.gradient_compression={name}")) for name in ("none", "fp16", "powersgd")
+    }
     hashes.add(config_hash(composed("distributed.gradient_compression=powersgd", "distributed.powersgd_rank=8")))
     assert len(hashes) == 4 and config_hash(composed()) in hashes
     assert config_hash(composed("distributed.powersgd_rank=8")) == config_hash(composed())
