@@ -61,7 +61,7 @@ class Supervisor:
         self._ranks: list[Rank] = []
         self._ended: list[Rank] = []
         self._deadline: float | None = None
-        self._hangs = False
+        self._hangs = self._has_cause = False
         self._output = Output()
         self._reminded_at = 0.0
 
@@ -98,8 +98,9 @@ class Supervisor:
         self._ended += fresh
         for rank in filter(self._has_failed, fresh):
             rank.kill()  # its children
-            if self._deadline is None:
-                self._deadline = time.monotonic() + self.grace_s
+            self._deadline = self._deadline or time.monotonic() + self.grace_s
+            if not self._has_cause and rank.code != EXIT_OTHER_RANK:
+                self._has_cause = True
                 self._report(rank)
         if self._deadline is not None and time.monotonic() > self._deadline:
             for rank in self._alive():
@@ -119,8 +120,6 @@ class Supervisor:
         code, others = rank.code or 0, len(self._alive())
         if self._hangs:
             return  # told already
-        if code == EXIT_OTHER_RANK:
-            return  # told by the one that failed
         if self._stops and code in {EXIT_INTERRUPTED, *(-number for number in self._stops)}:
             return  # it was asked to end and had nothing to save
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
