@@ -132,9 +132,9 @@ ELSEWHERE = (Backend.auto, Backend.single, Backend.zero_infinity)
 
 
 def trainings_of(backend: Backend) -> list[Training]:
-    """Return what a back end trains: DeepSpeed rounds its own masters, never by chance."""
-    may_round = backend.zero_stage in (None, 0)
-    return [training for training in TRAININGS if may_round or training.precision != ROUNDED_BY_CHANCE]
+    """Return what a back end trains: DeepSpeed has masters of its own, unless it has copies of the model only."""
+    has_masters = bool(backend.zero_stage)
+    return [each for each in TRAININGS if not has_masters or each.precision not in (NARROW, ROUNDED_BY_CHANCE)]
 
 
 def rows() -> Iterator[Row]:
