@@ -69,7 +69,9 @@ class Difference:
     shares: float = 0.0
 
     def __str__(self) -> str:
-        return ", ".join(f"{value:.0e}".replace("e-0", "e-") for value in (self.numbers, self.weights))
+        return ", ".join(
+            f"{value:.0e}".replace("e-0", "e-") if value else "0" for value in (self.numbers, self.weights)
+        )
 
     def is_within(self, bound: Difference) -> bool:
         """Whether it is nowhere larger than `bound`."""
