@@ -34,6 +34,7 @@ from ava_exp.errors import ConfigError
 from ava_exp.models.decoder import Decoder
 from ava_exp.optim.update import Updater
 from ava_exp.parallel.compression import build_compression
+from ava_exp.parallel.experts import ExpertParallel, ExpertParallelUpdater, divide_experts, leave_alone
 from ava_exp.parallel.ranks import Ranks
 from ava_exp.parallel.sharded import FullySharded, ShardedUpdater, shard
 from ava_exp.parallel.start import find_device, make_accelerator, wrap
@@ -106,7 +107,9 @@ class Runtime:
         self.accelerator.backward(loss)
 
     def shard(self, model: Decoder) -> None:
-        """Cut a model that was just built over the ranks, where the back end does that."""
+        """Cut a model that was just built over the ranks, or its experts, where that was asked for."""
+        if self.ranks.experts is not None:
+            divide_experts(model, self.ranks)
         if self.ranks.backend is Backend.fsdp2:
             shard(model, self.device, self.ranks, self.dtype if self.mixed else None)
 
@@ -127,11 +130,15 @@ class Runtime:
             return Zero(updater)
         if self.ranks.backend is Backend.zero0:
             return ZeroCopies(self.start_engine(objective, updater.optimizer), updater, self.ranks)
+        if isinstance(updater, ExpertParallelUpdater):
+            leave_alone(objective, updater.divided)
         wrapped = wrap(self.accelerator, objective)
         if not isinstance(wrapped, nn.parallel.DistributedDataParallel):
             raise RuntimeError(f"`distributed=ddp` was asked for, but the model became a {type(wrapped).__name__}")
+        if isinstance(updater, ExpertParallelUpdater):
+            return ExpertParallel(wrapped, updater, self.ranks, model)
         compression = build_compression(distributed or DistributedConfig(), updater.weights, self.ranks)
-        return DataParallel(wrapped, updater, self.ranks, compression)
+        return DataParallel(wrapped, updater, self.ranks, compression=compression)
 
 
 @contextmanager

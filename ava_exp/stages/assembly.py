@@ -31,6 +31,7 @@ from ava_exp.models.memory import MemoryEstimate, estimate_memory
 from ava_exp.models.surgery import Parameters, Surgeon, count_parameters_of
 from ava_exp.optim.schedules import Schedule
 from ava_exp.optim.update import LossScale, Updater
+from ava_exp.parallel.experts import ExpertParallelUpdater
 from ava_exp.parallel.sharded import ShardedUpdater
 from ava_exp.parallel.zero import ZeroUpdater
 from ava_exp.runtime import DTYPES, Runtime
@@ -106,13 +107,15 @@ def build_updater(config: RunConfig, runtime: Runtime, model: Decoder) -> Update
         dynamic=fp16,
     )
     ranks, stage = runtime.ranks, runtime.ranks.backend.zero_stage
-    updater: Callable[..., Updater] = Updater
+    build: Callable[..., Updater] = Updater
     if ranks.backend is Backend.fsdp2:
-        updater = partial(ShardedUpdater, ranks=ranks)
+        build = partial(ShardedUpdater, ranks=ranks)
     elif stage:
         start = partial(runtime.start_engine, Objective(model, build_terms(config), ranks))
-        updater = partial(ZeroUpdater, engine_of=start, ranks=ranks, device=runtime.device)
-    return updater(
+        build = partial(ZeroUpdater, engine_of=start, ranks=ranks, device=runtime.device)
+    elif ranks.experts is not None:
+        build = partial(ExpertParallelUpdater, experts=ranks.experts)
+    return build(
         model,
         lambda groups: config.optimizer.build(groups=groups),
         weight_decay=config.optimizer.weight_decay,

@@ -14,6 +14,7 @@ from ava_exp.parallel.compression import Distance, LowRankSums
 from ava_exp.parallel.ranks import Ranks
 from ava_exp.parallel.start import join_ranks
 
+DIVIDED = ("hardware.num_devices=2", "distributed.expert_parallel=2")
 SHAPES = {"matrix": (24, 32), "stack": (3, 24, 32), "small": (4, 4), "vector": (100,)}
 
 
@@ -98,6 +99,8 @@ def test_it_goes_on_from_what_it_kept() -> None:
 def test_what_compresses_nothing_is_refused() -> None:
     told = report(validate(compose(["~local", "distributed=fsdp2", "distributed.gradient_compression=bf16"])))
     assert "`distributed.gradient_compression` must be `none` with `distributed=fsdp2`, but is 'bf16' instead." in told
+    told = report(validate(compose(["~local", *DIVIDED, "distributed.gradient_compression=bf16"])))
+    assert "must be `none` with `distributed.expert_parallel`, but is 'bf16' instead." in told
     alone = DistributedConfig(gradient_compression=GradientCompression.powersgd)
     with pytest.raises(ConfigError, match=r"must be `none` alone, but is .powersgd. instead\. Ask for more ranks"):
         join_ranks(alone, HardwareConfig(name="cpu", device=DeviceType.cpu))
