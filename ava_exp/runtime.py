@@ -16,36 +16,29 @@ import re
 import resource
 import signal
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    DistributedType,
-    InitProcessGroupKwargs,
-    is_torch_xla_available,
-)
 from torch import Tensor, nn
 
-from ava_exp.config.distributed import Backend, DistributedConfig
+from ava_exp.config.distributed import Backend
 from ava_exp.config.machine import DeviceType, HardwareConfig, Precision, PrecisionConfig
 from ava_exp.config.options import read_option
 from ava_exp.config.validate import precision_faults, raise_if_fatal
-from ava_exp.errors import ConfigError, must_be
+from ava_exp.errors import ConfigError
 from ava_exp.models.decoder import Decoder
 from ava_exp.optim.update import Updater
 from ava_exp.parallel.experts import ExpertParallel, ExpertParallelUpdater, divide_experts, leave_alone
 from ava_exp.parallel.ranks import Ranks
 from ava_exp.parallel.sharded import FullySharded, ShardedUpdater, shard
+from ava_exp.parallel.start import find_device, make_accelerator, wrap
 from ava_exp.parallel.strategy import Alone, DataParallel
+from ava_exp.parallel.zero import Zero, ZeroCopies, ZeroUpdater, start_engine
 from ava_exp.tracking.metadata import cpu_model
 
 logger = logging.getLogger(__name__)
@@ -119,57 +112,28 @@ class Runtime:
         if self.ranks.backend is Backend.fsdp2:
             shard(model, self.device, self.ranks, self.dtype if self.mixed else None)
 
+    def start_engine(self, objective: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
+        """Return what DeepSpeed makes of `objective` and the optimizer of its weights."""
+        return start_engine(self.accelerator, self.ranks, objective, optimizer)
+
     def spread(self, objective: nn.Module, updater: Updater, model: Decoder) -> Alone:
         """Return how the ranks train `objective`, which is of `model`, whose weights `updater` changes, together."""
-        if self.ranks.num_ranks == 1:
+        if self.ranks.backend is Backend.single:
             return Alone(objective, updater)
         if isinstance(updater, ShardedUpdater):
             return FullySharded(objective, updater, model)
+        if isinstance(updater, ZeroUpdater):
+            return Zero(updater)
+        if self.ranks.backend is Backend.zero0:
+            return ZeroCopies(self.start_engine(objective, updater.optimizer), updater, self.ranks)
         if isinstance(updater, ExpertParallelUpdater):
             leave_alone(objective, updater.divided)
-        wrapped = _wrap(self.accelerator, objective)
+        wrapped = wrap(self.accelerator, objective)
         if not isinstance(wrapped, nn.parallel.DistributedDataParallel):
             raise RuntimeError(f"`distributed=ddp` was asked for, but the model became a {type(wrapped).__name__}")
         if isinstance(updater, ExpertParallelUpdater):
             return ExpertParallel(wrapped, updater, self.ranks, model)
         return DataParallel(wrapped, updater, self.ranks)
-
-
-def join_ranks(distributed: DistributedConfig, hardware: HardwareConfig) -> Ranks:
-    """Meet the other processes of the run, if the environment says that there are any; torchrun's variables do.
-
-    Raises ConfigError for a back end that does not go with their number.
-    """
-    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    backend = distributed.backend
-    if num_ranks > 1 and backend is Backend.single:
-        sentence = f"`distributed=single` is one process, but {num_ranks} were started"
-        raise ConfigError(f"{sentence}. Choose `distributed=ddp`.")
-    if num_ranks == 1:
-        if backend not in (Backend.auto, Backend.single):
-            sentence = f"`distributed={backend.value}` needs several ranks, but one was started"
-            raise ConfigError(f"{sentence}. Ask for more with `hardware.num_devices`, or leave it out.")
-        return Ranks()
-    accelerator = _accelerator(_find_device(hardware), distributed.timeout_s)
-    expected = {DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
-    if accelerator.num_processes != num_ranks or accelerator.distributed_type not in expected:
-        raise RuntimeError(
-            f"asked for {num_ranks} ranks, got {accelerator.num_processes} of type {accelerator.distributed_type}"
-        )
-    control = dist.new_group(backend="gloo", timeout=timedelta(seconds=distributed.timeout_s))
-    ranks = Ranks(
-        rank=accelerator.process_index,
-        num_ranks=num_ranks,
-        backend=Backend.ddp if backend is Backend.auto else backend,
-        control=control,
-    )
-    _probe_synchronisation(accelerator, ranks)
-    if num_ranks % distributed.expert_parallel:
-        divisor = f"a divisor of the number of ranks ({num_ranks})"
-        raise ConfigError(must_be("distributed.expert_parallel", divisor, distributed.expert_parallel))
-    if distributed.expert_parallel > 1:
-        return ranks.sharing_experts(distributed.expert_parallel, timedelta(seconds=distributed.timeout_s))
-    return ranks
 
 
 @contextmanager
@@ -190,40 +154,6 @@ def heartbeat() -> Iterator[Callable[[object], None]]:
         Path(path).unlink(missing_ok=True)
 
 
-def leave_ranks(ranks: Ranks) -> None:
-    """Say good-bye to the other processes; without it they may be gone in the middle of a message."""
-    if ranks.num_ranks > 1:
-        ranks.wait()
-        Accelerator().end_training()
-
-
-def _accelerator(device: DeviceType, timeout_s: float | None = None) -> Accelerator:
-    handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
-    if timeout_s is not None:
-        handlers.append(InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s)))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*OMP_NUM_THREADS.*")  # `_set_threads` decides
-        return Accelerator(cpu=device is DeviceType.cpu, kwargs_handlers=handlers)
-
-
-def _wrap(accelerator: Accelerator, module: nn.Module) -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of a keyword that Accelerate hands on
-        wrapped: nn.Module = accelerator.prepare_model(module)
-    accelerator.free_memory()  # or it holds on to every model that it ever wrapped
-    return wrapped
-
-
-def _probe_synchronisation(accelerator: Accelerator, ranks: Ranks) -> None:
-    """Raise RuntimeError unless gradients really come together: libraries drop that without a word."""
-    probe = _wrap(accelerator, nn.Linear(1, 1, bias=False).to(accelerator.device))
-    probe(torch.full((1, 1), float(ranks.rank), device=accelerator.device)).sum().backward()
-    expected = (ranks.num_ranks - 1) / 2
-    (gradient,) = (parameter.grad for parameter in probe.parameters())
-    if gradient is None or abs(gradient.item() - expected) > 1e-6:
-        raise RuntimeError(f"gradients are not averaged over the ranks: {gradient} instead of {expected}")
-
-
 def open_runtime(
     hardware: HardwareConfig,
     precision: PrecisionConfig,
@@ -242,11 +172,11 @@ def open_runtime(
     """
     ranks = ranks or Ranks()
     keep_freed_memory()
-    device_type = _find_device(hardware)
+    device_type = find_device(hardware)
     actual, notices = _match_hardware(hardware, device_type, ranks.num_ranks)
     known = stored if stored and stored.get("num_ranks", 1) == ranks.num_ranks else None
     _set_threads(hardware.num_threads or (known["num_threads"] if known else None), device_type, ranks)
-    accelerator = _accelerator(device_type)
+    accelerator = make_accelerator(device_type, backend=ranks.backend)
     expected_type = TORCH_TYPES.get(device_type, device_type.value)
     assert accelerator.device.type == expected_type, f"asked for {device_type.value}, got {accelerator.device}"
     rates = _rates(accelerator.device, cache_dir, ranks) if stored is None else {}
@@ -310,23 +240,6 @@ def _share_sequences(resolution: Resolution, stored: dict[str, Any], configured_
 def store_resolution(resolution: Resolution) -> dict[str, Any]:
     """Return plain values for `open_runtime(stored=…)`."""
     return dataclasses.asdict(resolution)
-
-
-def _find_device(hardware: HardwareConfig) -> DeviceType:
-    if hardware.device is DeviceType.tpu and not is_torch_xla_available():
-        raise ConfigError(
-            f"hardware={hardware.name} needs torch_xla, which is not installed here: install the version of it that "
-            "belongs to this torch, on a machine with a TPU, or choose another `hardware`."
-        )
-    present = {
-        DeviceType.tpu: is_torch_xla_available(check_is_tpu=True),  # first: where it is, Accelerate takes it
-        DeviceType.cuda: torch.cuda.is_available(),
-        DeviceType.mps: torch.backends.mps.is_available(),
-        DeviceType.cpu: True,
-    }
-    if hardware.device is not DeviceType.auto and present[hardware.device]:
-        return hardware.device
-    return next(device for device, here in present.items() if here)
 
 
 def _match_hardware(hardware: HardwareConfig, device: DeviceType, num_ranks: int) -> tuple[HardwareConfig, list[str]]:

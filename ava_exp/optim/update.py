@@ -50,6 +50,8 @@ class Updater:
 
     is_sharded = False
     """Whether `weights` and states are this rank's parts of the whole."""
+    holds_model = True
+    """Whether the model itself is whole on this rank."""
 
     def __init__(
         self,

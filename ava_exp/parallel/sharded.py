@@ -46,6 +46,7 @@ class ShardedUpdater(Updater):
     """Updates this rank's parts. They are plain tensors, which share their memory with what the model holds."""
 
     is_sharded = True
+    holds_model = False
 
     def __init__(self, model: Decoder, *arguments: Any, ranks: Ranks, **settings: Any) -> None:
         self.ranks = ranks
@@ -107,7 +108,7 @@ class FullySharded(Alone):
 
     def verify(self) -> None:
         """Raise RuntimeError unless the ranks agree on what is not cut."""
-        self._verify_alike(self.updater.buffers, self.ranks)
+        self._verify_alike(self.updater.buffers)
 
 
 def _placement(parameter: nn.Parameter, num_ranks: int) -> Shard:

@@ -3,7 +3,7 @@
 Annotations are evaluated here, since torch looks at those of a hook.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -21,6 +21,8 @@ class Alone:
     """One process. `objective` is what is called for a micro-batch's terms."""
 
     ranks = Ranks()
+    backward: Callable[[Tensor], None] | None = None
+    """Computes gradients, where that is not what the device does on its own."""
 
     def __init__(self, objective: nn.Module, updater: Updater) -> None:
         self.objective, self.updater = objective, updater
@@ -38,7 +40,8 @@ class Alone:
         """Return what ranks have sent one another of tokens since the last call; None where tokens stay."""
         return None
 
-    def _verify_alike(self, tensors: dict[str, Tensor], ranks: Ranks) -> None:
+    def _verify_alike(self, tensors: dict[str, Tensor], among: Ranks | None = None) -> None:
+        ranks = among or self.ranks
         if not tensors:
             return
         own = torch.stack([_bits(tensor) for tensor in tensors.values()]).tolist()
@@ -87,7 +90,7 @@ class DataParallel(Alone):
         self.updater.collect_gradients()
 
     def verify(self) -> None:
-        self._verify_alike(self.updater.weights | self.updater.buffers, self.ranks)
+        self._verify_alike(self.updater.weights | self.updater.buffers)
 
     def _add_up(self, state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
         """Add up a bucket of gradients over the ranks: the masters', where there are masters, else the weights' own."""

@@ -24,7 +24,7 @@ from ava_exp.errors import ConfigError, must_be
 from ava_exp.evaluation.depth import DepthObserver, token_kinds
 from ava_exp.evaluation.language import LanguageMetrics, evaluate_language
 from ava_exp.evaluation.routing import RoutingObserver, choose_probe
-from ava_exp.losses.terms import build_losses
+from ava_exp.losses.terms import LossTerm, build_losses
 from ava_exp.models.arithmetic import count_parameters, training_flops
 from ava_exp.models.decoder import Decoder, build_model
 from ava_exp.models.memory import MemoryEstimate, estimate_memory
@@ -33,6 +33,7 @@ from ava_exp.optim.schedules import Schedule
 from ava_exp.optim.update import LossScale, Updater
 from ava_exp.parallel.experts import ExpertParallelUpdater
 from ava_exp.parallel.sharded import ShardedUpdater
+from ava_exp.parallel.zero import ZeroUpdater
 from ava_exp.runtime import DTYPES, Runtime
 from ava_exp.training.loop import Record, Trainer
 from ava_exp.training.objective import Objective
@@ -100,20 +101,31 @@ def build_updater(config: RunConfig, runtime: Runtime, model: Decoder) -> Update
         min_scale=settings.min_scale,
         dynamic=fp16,
     )
-    ranks = runtime.ranks
-    is_sharded = ranks.backend is Backend.fsdp2
-    build: Callable[..., Updater] = partial(ShardedUpdater, ranks=ranks) if is_sharded else Updater
-    if ranks.experts is not None:
-        build = partial(ExpertParallelUpdater, experts=ranks.experts)
-    return build(
+    ranks, stage = runtime.ranks, runtime.ranks.backend.zero_stage
+    updater: Callable[..., Updater] = Updater
+    if ranks.backend is Backend.fsdp2:
+        updater = partial(ShardedUpdater, ranks=ranks)
+    elif stage:
+        start = partial(runtime.start_engine, Objective(model, build_terms(config), ranks))
+        updater = partial(ZeroUpdater, engine_of=start, ranks=ranks, device=runtime.device)
+    elif ranks.experts is not None:
+        updater = partial(ExpertParallelUpdater, experts=ranks.experts)
+    return updater(
         model,
         lambda groups: config.optimizer.build(groups=groups),
         weight_decay=config.optimizer.weight_decay,
-        master_weights=runtime.mixed and not is_sharded,
+        master_weights=runtime.mixed and not stage and ranks.backend is not Backend.fsdp2,
         # Squared fp16 gradients vanish below 6e-8: fp16 without masters still keeps its Adam moments in fp32.
         wide_states=runtime.precision is Precision.fp16,
         stochastic_rounding=settings.stochastic_rounding,
         loss_scale=scale,
+    )
+
+
+def build_terms(config: RunConfig) -> list[LossTerm]:
+    """Build the terms of the objective."""
+    return build_losses(
+        config.sparsity, config.loss, attention=config.attention, mod=config.mod, prediction=config.prediction
     )
 
 
@@ -199,7 +211,7 @@ def inference_copy(config: RunConfig, runtime: Runtime, model: Decoder, updater:
     """
     inference = config.precision.inference
     inference = runtime.precision if inference in (None, Precision.auto) else inference
-    if not updater.is_sharded and inference is runtime.precision:
+    if updater.holds_model and inference is runtime.precision:
         return model
     duplicate = build_decoder(config, runtime, inference) if updater.is_sharded else copy.deepcopy(model)
     duplicate.to(DTYPES[inference])
@@ -231,9 +243,8 @@ def build_trainer(
     interval = max(SHORTEST_INTERVAL, total_steps // 10)
     peak = runtime.resolution.peak_tflops
     state = state or TrainState()
-    terms = build_losses(
-        config.sparsity, config.loss, attention=config.attention, mod=config.mod, prediction=config.prediction
-    )
+    terms = build_terms(config)
+    strategy = runtime.spread(Objective(model, terms, runtime.ranks), updater, model)
     return Trainer(
         model,
         build_loader(config, runtime, data),
@@ -241,7 +252,7 @@ def build_trainer(
         build_schedule(config, runtime, total_steps),
         terms,
         total_steps,
-        strategy=runtime.spread(Objective(model, terms, runtime.ranks), updater, model),
+        strategy=strategy,
         state=state,
         gradient_clip_val=config.training.gradient_clip_val,
         max_skipped_steps=config.training.max_skipped_steps,
@@ -252,7 +263,7 @@ def build_trainer(
         save=save,
         sinks=sinks,
         device=runtime.device,
-        backward=runtime.backward,
+        backward=strategy.backward or runtime.backward,
         flops=training_flops(config.architecture, config.data.sequence_length),
         peak_flops=peak * 1e12 * runtime.ranks.num_ranks if peak else None,
         surgeon=surgeon,

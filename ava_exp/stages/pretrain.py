@@ -22,11 +22,10 @@ from ava_exp.models.decoder import Decoder
 from ava_exp.models.surgery import Parameters, Surgeon
 from ava_exp.optim.update import Updater
 from ava_exp.parallel.ranks import Ranks
+from ava_exp.parallel.start import join_ranks, leave_ranks
 from ava_exp.runtime import (
     Runtime,
     heartbeat,
-    join_ranks,
-    leave_ranks,
     open_runtime,
     peak_memory_bytes,
     reset_peak_memory,

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ava_exp import runtime
 from ava_exp.config.distributed import Backend, DistributedConfig
 from ava_exp.config.machine import DeviceType, HardwareConfig
 from ava_exp.config.model import Activation, DispatchBackend, SharedProjection
 from ava_exp.nn.moe.experts import Experts
 from ava_exp.optim.update import Updater
+from ava_exp.parallel import start
 from ava_exp.parallel.experts import give_part
 from ava_exp.parallel.ranks import Ranks
 from ava_exp.parallel.strategy import DataParallel
@@ -24,7 +24,7 @@ CPU = HardwareConfig(name="cpu", device=DeviceType.cpu, num_devices=2)
 
 
 def joined(backend: Backend = Backend.ddp) -> Ranks:
-    return runtime.join_ranks(DistributedConfig(backend=backend, timeout_s=60), CPU)
+    return start.join_ranks(DistributedConfig(backend=backend, timeout_s=60), CPU)
 
 
 def values() -> None:
@@ -37,7 +37,7 @@ def values() -> None:
     whole, half, one, none = ranks.add_up(given)
     assert torch.equal(whole, torch.full((2, 2), 3)) and half.item() == 1.5 and one.tolist() == [3]
     assert half.ndim == 0 and none.shape == (0,) and given[1].item() == 0.5 * number, "what was given stays as it was"
-    runtime.leave_ranks(ranks)
+    start.leave_ranks(ranks)
 
 
 def masters() -> None:
@@ -46,7 +46,7 @@ def masters() -> None:
     torch.manual_seed(0)
     model = nn.Linear(8, 4, bias=False).bfloat16()
     updater = Updater(model, lambda groups: torch.optim.SGD(groups, lr=1.0), weight_decay=0, master_weights=True)
-    wrapped = runtime._wrap(runtime._accelerator(DeviceType.cpu), model)
+    wrapped = start.wrap(start.make_accelerator(DeviceType.cpu), model)
     assert isinstance(wrapped, nn.parallel.DistributedDataParallel)
     strategy = DataParallel(wrapped, updater, ranks)
     inputs = torch.randn(3, ranks.num_ranks, 5, 8).bfloat16()
@@ -59,7 +59,7 @@ def masters() -> None:
     gradient = updater.weights["weight"].grad
     assert gradient is not None and gradient.dtype == torch.float32 and model.weight.grad is None
     torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-6)
-    runtime.leave_ranks(ranks)
+    start.leave_ranks(ranks)
 
 
 def drift() -> None:
@@ -67,7 +67,7 @@ def drift() -> None:
     ranks = joined()
     model = nn.Linear(8, 4, bias=False)
     updater = Updater(model, lambda groups: torch.optim.SGD(groups, lr=1.0), weight_decay=0, master_weights=False)
-    wrapped = runtime._wrap(runtime._accelerator(DeviceType.cpu), model)
+    wrapped = start.wrap(start.make_accelerator(DeviceType.cpu), model)
     assert isinstance(wrapped, nn.parallel.DistributedDataParallel)
     strategy = DataParallel(wrapped, updater, ranks)
     strategy.verify()
@@ -79,12 +79,12 @@ def drift() -> None:
         assert str(error) == "1 weights are not the same on all ranks, as weight"  # noqa: PT017 - in a child
     else:
         raise AssertionError("nobody noticed")
-    runtime.leave_ranks(ranks)
+    start.leave_ranks(ranks)
 
 
 def experts() -> None:
     """Half of the experts on each of two ranks do for the tokens of both what all of them do on one."""
-    ranks = runtime.join_ranks(DistributedConfig(expert_parallel=2, timeout_s=60), CPU)
+    ranks = start.join_ranks(DistributedConfig(expert_parallel=2, timeout_s=60), CPU)
     assert ranks.experts is not None and ranks.experts.others.num_ranks == 2 and ranks.experts.same.num_ranks == 1
     group = ranks.experts.others.group
     assert group is not None
@@ -104,7 +104,7 @@ def experts() -> None:
     ]
     for (name, ids), extra in itertools.product(choices.items(), settings):
         _compare_experts(ranks, [torch.tensor(i, dtype=torch.int64) for i in ids], name == "ragged", extra)
-    runtime.leave_ranks(ranks)
+    start.leave_ranks(ranks)
 
 
 def _compare_experts(ranks: Ranks, ids: list[Tensor], ragged: bool, extra: dict[str, Any]) -> None:
@@ -141,7 +141,7 @@ def _compare_experts(ranks: Ranks, ids: list[Tensor], ragged: bool, extra: dict[
 
 def no_synchronisation() -> None:
     """A library that leaves gradients alone is found out before the first step."""
-    runtime._wrap = lambda accelerator, module: module  # type: ignore[assignment]
+    start.wrap = lambda accelerator, module: module  # type: ignore[assignment]
     try:
         joined()
     except RuntimeError as error:

@@ -1,0 +1,227 @@
+"""Every back end, number of ranks and accumulation against one process on the same global batches, and the table of
+`docs/distributed.md` that tells how far they are from each other.
+
+Whoever changes how ranks train together writes the table anew:
+
+    python -m tests.distributed.matrix
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import operator
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ava_exp.config.distributed import Backend
+from ava_exp.tracking.folder import RunFolder
+from ava_exp.tracking.metrics import of_kind, read_metrics
+from ava_exp.training.checkpoint import list_checkpoints, read_checkpoint
+from tests.distributed.group import Command, Ended, run_in_group
+from tests.faults.harness import Experiment
+from tests.golden.pages import filled, markdown
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "distributed.md"
+
+NUM_STEPS = 8
+NUM_SEQUENCES = 8
+"""Of a step, over all ranks and micro-batches."""
+ACCUMULATIONS = (1, 2)
+FP32, BF16 = "precision=fp32", "precision=mixed_bf16"
+NARROW, ROUNDED_BY_CHANCE = "precision=bf16", "precision=bf16 precision.stochastic_rounding=true"
+EXPERTS = ("sparsity=moe", "router=topk", "model.num_experts=16", "sparsity.router.moe_top_k=1")
+"""More of them than a rank's tokens use: there are always some that one rank's tokens chose and another's did not."""
+DEPTH = ("mod=learned", "mod.layers=alternating")
+"""Not in the first layer, where tokens that are the same have the same score: rounding would choose among them."""
+KINDS: dict[str, tuple[str, ...]] = {
+    "dense": ("sparsity=dense",),
+    "experts": EXPERTS,
+    "depth": ("sparsity=dense", *DEPTH),
+    "experts and depth": (*EXPERTS, *DEPTH),
+}
+OTHERS: dict[str, tuple[str, ...]] = {
+    "three experts": ("sparsity=moe", "router=topk", "model.num_experts=3"),
+    "deepseek": ("sparsity=moe", "router=deepseek"),
+    "mixture of heads": (
+        "sparsity=dense",
+        "attention=mixture_of_heads",
+        "attention.num_shared_heads=1",
+        "attention.heads_per_token=1",
+    ),
+    "multi-token": ("sparsity=moe", "prediction=multi_token", "loss=label_smoothing"),
+}
+HEADER = ("`distributed=`", "ranks", "accumulation", *KINDS, "others", "`mixed_bf16`")
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """The largest that was seen: of losses and gradient norms, relative, and of any weight, absolute; and of a share
+    of the tokens that an expert, a head or a layer got."""
+
+    numbers: float = 0.0
+    weights: float = 0.0
+    shares: float = 0.0
+
+    def __str__(self) -> str:
+        return ", ".join(f"{value:.0e}".replace("e-0", "e-") for value in (self.numbers, self.weights))
+
+    def is_within(self, bound: Difference) -> bool:
+        """Whether it is nowhere larger than `bound`."""
+        return self | bound == bound
+
+    def __or__(self, other: Difference) -> Difference:
+        """Return the larger of each."""
+        return Difference(
+            max(self.numbers, other.numbers), max(self.weights, other.weights), max(self.shares, other.shares)
+        )
+
+
+IN_FP32 = Difference(2**-19, 1e-5, 0.02)
+"""Sixteen units in the last place; and a near tie may be decided the other way."""
+IN_MIXED = Difference(0.02, 0.015, 1.0)
+IN_BF16 = Difference(0.02, 5 * 2**-7, 1.0)
+"""Weights near one have steps of 2⁻⁷."""
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """One that is compared. The same one is trained by one process and by ranks."""
+
+    kind: str
+    accumulation: int
+    precision: str = FP32
+
+    @property
+    def bound(self) -> Difference:
+        return {FP32: IN_FP32, BF16: IN_MIXED}.get(self.precision, IN_BF16)
+
+    def experiment(self, folder: Path, num_ranks: int, backend: Backend) -> Experiment:
+        """Return the run in which `num_ranks` train it."""
+        batch_size = NUM_SEQUENCES // self.accumulation // num_ranks
+        return Experiment(
+            output_dir=folder / str(TRAININGS.index(self)),
+            overrides=(
+                *(KINDS | OTHERS)[self.kind],
+                *self.precision.split(),
+                f"distributed={backend.value}",
+                "model.dropout=0",
+                "optimizer.learning_rate=1e-3",
+                f"hardware.num_devices={num_ranks}",
+                f"training.batch_size={batch_size}",
+                f"training.gradient_accumulation_steps={self.accumulation}",
+                f"budget.steps={NUM_STEPS}",
+                f"evaluation.interval_steps={NUM_STEPS}",
+                f"checkpoint.save_every_n_batches={NUM_STEPS}",
+            ),
+        )
+
+
+TRAININGS = [
+    *(Training(kind, steps, precision) for kind in KINDS for steps in ACCUMULATIONS for precision in (FP32, BF16)),
+    *(Training(kind, 2) for kind in OTHERS),
+    *(Training("experts", 2, precision) for precision in (NARROW, ROUNDED_BY_CHANCE)),
+]
+ELSEWHERE = (Backend.auto, Backend.single, Backend.zero_infinity)
+"""What is one of the others, what is compared with, and what needs a disk."""
+
+
+def trainings_of(backend: Backend) -> list[Training]:
+    """Return what a back end trains: DeepSpeed rounds its own masters, never by chance."""
+    may_round = backend.zero_stage in (None, 0)
+    return [training for training in TRAININGS if may_round or training.precision != ROUNDED_BY_CHANCE]
+
+
+def rows() -> Iterator[tuple[Backend, int]]:
+    """Yield every back end with its numbers of ranks."""
+    for backend in Backend:
+        if backend not in ELSEWHERE:
+            yield from ((backend, num_ranks) for num_ranks in ((1, 2, 4) if backend is Backend.ddp else (1, 2)))
+
+
+def train_all(folder: Path, backend: Backend, num_ranks: int) -> dict[Training, list[Ended]]:
+    """Let ranks that are started once train everything in `folder`; return how each training ended, by rank."""
+    trainings = trainings_of(backend)
+    commands = [Command(overrides=each.experiment(folder, num_ranks, backend).command) for each in trainings]
+    return dict(zip(trainings, run_in_group(num_ranks, commands), strict=True))
+
+
+def train_reference(folder: Path) -> Path:
+    """Return `folder` with what one process trains in it, unless another process has already done that there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "done").exists():
+            for training, ended in train_all(folder, Backend.single, 1).items():
+                assert [each.code for each in ended] == [0], f"{training}: {ended}"
+            (folder / "done").touch()
+    return folder
+
+
+def compare(folder: Path, reference: Path, backend: Backend) -> dict[Training, Difference]:
+    """Return how far all that a back end trained in one folder is from what was trained in the other."""
+    differences = {}
+    for training in trainings_of(backend):
+        pair = (training.experiment(place, 1, Backend.single).folder for place in (folder, reference))
+        differences[training] = difference(*pair)
+    return differences
+
+
+def difference(run: RunFolder, reference: RunFolder) -> Difference:
+    """Return how far two runs are from each other, which have had the same sequences in every step."""
+    found = Difference()
+    pairs = [of_kind(read_metrics(each.metrics), "train") for each in (run, reference)]
+    assert len(pairs[0]) == len(pairs[1]) == NUM_STEPS
+    for step, expected in zip(*pairs, strict=True):
+        assert all(step[name] == expected[name] for name in ("sample_crc32", "tokens"))
+        for name in expected:
+            if name.endswith("loss") or name == "grad_norm":
+                found |= Difference(numbers=abs(step[name] - expected[name]) / abs(expected[name]))
+            if name in ("expert_load", "visits_per_token", "layer_usage", "head_load"):
+                found |= Difference(shares=_largest(step[name], expected[name]))
+    newest = (list_checkpoints(each.checkpoints)[-1] for each in (run, reference))
+    ours, theirs = (read_checkpoint(checkpoint).tensors["model"] for checkpoint in newest)
+    assert ours.keys() == theirs.keys()
+    for name, weight in theirs.items():
+        found |= Difference(weights=(ours[name].double() - weight.double()).abs().max().item())
+    return found
+
+
+def _largest(one: object, other: object) -> float:
+    """Return the largest difference of numbers in two lists of the same form."""
+    if not isinstance(one, list):
+        return abs(float(one) - float(other))  # type: ignore[arg-type]
+    assert isinstance(other, list)
+    return max((_largest(*pair) for pair in zip(one, other, strict=True)), default=0.0)
+
+
+def table(measured: Mapping[tuple[Backend, int], Mapping[Training, Difference]]) -> str:
+    """Return the table: what was measured, by row and training."""
+    lines = []
+    for (backend, num_ranks), found in measured.items():
+        for steps in ACCUMULATIONS:
+            groups = [*([Training(kind, steps)] for kind in KINDS), [Training(kind, steps) for kind in OTHERS]]
+            groups.append([Training(kind, steps, BF16) for kind in KINDS])
+            cells = [[found[training] for training in group if training in found] for group in groups]
+            largest = [str(functools.reduce(operator.or_, cell)) if cell else "" for cell in cells]
+            lines.append([f"`{backend.value}`", str(num_ranks), str(steps), *largest])
+    return markdown(HEADER, lines)
+
+
+def main() -> None:
+    """Train everything and write the table anew."""
+    measured = {}
+    with tempfile.TemporaryDirectory() as place:
+        reference = train_reference(Path(place) / "reference")
+        for backend, num_ranks in rows():
+            folder = Path(place) / f"{backend.value}_{num_ranks}"
+            train_all(folder, backend, num_ranks)
+            measured[backend, num_ranks] = compare(folder, reference, backend)
+            print(backend, num_ranks, *measured[backend, num_ranks].items(), sep="\n", flush=True)
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), {"matrix": table(measured)}), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
