@@ -1,10 +1,9 @@
-"""What ranks do in the tests of this folder, by name: `python -m tests.distributed.worker NAME`."""
+"""What ranks do in `test_strategy`, one after another: `python -m tests.distributed.worker`."""
 
 from __future__ import annotations
 
 import copy
 import itertools
-import sys
 from typing import Any
 
 import torch
@@ -23,13 +22,12 @@ from ava_exp.parallel.strategy import DataParallel
 CPU = HardwareConfig(name="cpu", device=DeviceType.cpu, num_devices=2)
 
 
-def joined(backend: Backend = Backend.ddp) -> Ranks:
-    return start.join_ranks(DistributedConfig(backend=backend, timeout_s=60), CPU)
+def joined() -> Ranks:
+    return start.join_ranks(DistributedConfig(backend=Backend.ddp, expert_parallel=2, timeout_s=60), CPU)
 
 
-def values() -> None:
+def values(ranks: Ranks) -> None:
     """Plain values and tensors of several formats."""
-    ranks = joined()
     number = ranks.rank + 1
     assert ranks.sums([number, 10 * number]) == [3, 30] and ranks.largest([-number, number]) == [-1, 2]
     assert ranks.from_first({"rank": ranks.rank}) == {"rank": 0} and ranks.gather(ranks.rank) == [0, 1]
@@ -37,12 +35,10 @@ def values() -> None:
     whole, half, one, none = ranks.add_up(given)
     assert torch.equal(whole, torch.full((2, 2), 3)) and half.item() == 1.5 and one.tolist() == [3]
     assert half.ndim == 0 and none.shape == (0,) and given[1].item() == 0.5 * number, "what was given stays as it was"
-    start.leave_ranks(ranks)
 
 
-def masters() -> None:
+def masters(ranks: Ranks) -> None:
     """Gradients of bf16 weights are added up over ranks and micro-batches in fp32, on the masters."""
-    ranks = joined()
     torch.manual_seed(0)
     model = nn.Linear(8, 4, bias=False).bfloat16()
     updater = Updater(model, lambda groups: torch.optim.SGD(groups, lr=1.0), weight_decay=0, master_weights=True)
@@ -59,12 +55,10 @@ def masters() -> None:
     gradient = updater.weights["weight"].grad
     assert gradient is not None and gradient.dtype == torch.float32 and model.weight.grad is None
     torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-6)
-    start.leave_ranks(ranks)
 
 
-def drift() -> None:
+def drift(ranks: Ranks) -> None:
     """Weights that part are noticed."""
-    ranks = joined()
     model = nn.Linear(8, 4, bias=False)
     updater = Updater(model, lambda groups: torch.optim.SGD(groups, lr=1.0), weight_decay=0, master_weights=False)
     wrapped = start.wrap(start.make_accelerator(DeviceType.cpu), model)
@@ -79,12 +73,10 @@ def drift() -> None:
         assert str(error) == "1 weights are not the same on all ranks, as weight"  # noqa: PT017 - in a child
     else:
         raise AssertionError("nobody noticed")
-    start.leave_ranks(ranks)
 
 
-def experts() -> None:
+def experts(ranks: Ranks) -> None:
     """Half of the experts on each of two ranks do for the tokens of both what all of them do on one."""
-    ranks = start.join_ranks(DistributedConfig(expert_parallel=2, timeout_s=60), CPU)
     assert ranks.experts is not None and ranks.experts.others.num_ranks == 2 and ranks.experts.same.num_ranks == 1
     group = ranks.experts.others.group
     assert group is not None
@@ -104,7 +96,6 @@ def experts() -> None:
     ]
     for (name, ids), extra in itertools.product(choices.items(), settings):
         _compare_experts(ranks, [torch.tensor(i, dtype=torch.int64) for i in ids], name == "ragged", extra)
-    start.leave_ranks(ranks)
 
 
 def _compare_experts(ranks: Ranks, ids: list[Tensor], ragged: bool, extra: dict[str, Any]) -> None:
@@ -151,5 +142,9 @@ def no_synchronisation() -> None:
 
 
 if __name__ == "__main__":
-    globals()[sys.argv[1]]()
+    everybody = joined()
+    for do in (values, masters, drift, experts):
+        do(everybody)
+    no_synchronisation()
+    start.leave_ranks(everybody)
     print("done")
