@@ -15,9 +15,11 @@ from ava_exp.errors import (
     EXIT_FAILURE,
     EXIT_INTERRUPTED,
     EXIT_OK,
+    EXIT_OTHER_RANK,
     EXIT_RESUMABLE,
     EXIT_USER_ERROR,
     ConfigError,
+    OtherRankError,
     UserError,
 )
 
@@ -171,6 +173,9 @@ def _run_point(config: DictConfig) -> int:
     except UserError as error:
         _complain(str(error))
         return EXIT_USER_ERROR
+    except OtherRankError as error:
+        _complain(str(error))
+        return EXIT_OTHER_RANK
     except Exception:  # noqa: BLE001  (a bug in one point; told in full, and the next point runs)
         traceback.print_exc()
         return EXIT_FAILURE

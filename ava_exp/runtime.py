@@ -26,13 +26,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ava_exp.config.distributed import Backend
+from ava_exp.config.distributed import Backend, DistributedConfig
 from ava_exp.config.machine import DeviceType, HardwareConfig, Precision, PrecisionConfig
 from ava_exp.config.options import read_option
 from ava_exp.config.validate import precision_faults, raise_if_fatal
 from ava_exp.errors import ConfigError
 from ava_exp.models.decoder import Decoder
 from ava_exp.optim.update import Updater
+from ava_exp.parallel.compression import build_compression
 from ava_exp.parallel.experts import ExpertParallel, ExpertParallelUpdater, divide_experts, leave_alone
 from ava_exp.parallel.ranks import Ranks
 from ava_exp.parallel.sharded import FullySharded, ShardedUpdater, shard
@@ -116,8 +117,11 @@ class Runtime:
         """Return what DeepSpeed makes of `objective` and the optimizer of its weights."""
         return start_engine(self.accelerator, self.ranks, objective, optimizer)
 
-    def spread(self, objective: nn.Module, updater: Updater, model: Decoder) -> Alone:
-        """Return how the ranks train `objective`, which is of `model`, whose weights `updater` changes, together."""
+    def spread(
+        self, objective: nn.Module, updater: Updater, model: Decoder, distributed: DistributedConfig | None = None
+    ) -> Alone:
+        """Return how the ranks train `objective`, which is of `model`, whose weights `updater` changes, together;
+        `distributed` says whether their gradients are compressed."""
         if self.ranks.backend is Backend.single:
             return Alone(objective, updater)
         if isinstance(updater, ShardedUpdater):
@@ -133,7 +137,8 @@ class Runtime:
             raise RuntimeError(f"`distributed=ddp` was asked for, but the model became a {type(wrapped).__name__}")
         if isinstance(updater, ExpertParallelUpdater):
             return ExpertParallel(wrapped, updater, self.ranks, model)
-        return DataParallel(wrapped, updater, self.ranks)
+        compression = build_compression(distributed or DistributedConfig(), updater.weights, self.ranks)
+        return DataParallel(wrapped, updater, self.ranks, compression)
 
 
 @contextmanager

@@ -58,6 +58,7 @@ BOUNDS = (
             "loss.repetition_ngram_size",
             "hardware.batch_size",
             "hardware.num_devices",
+            "distributed.powersgd_rank",
             "hardware.links.devices_per_node",
             "hardware.num_threads",
             "launcher.num_nodes",

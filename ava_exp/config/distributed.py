@@ -31,6 +31,15 @@ class Backend(Enum):
         return int(self.value[4]) if self.value.startswith("zero") else None
 
 
+class GradientCompression(Enum):
+    """How gradients travel from rank to rank: as they are, in 16 bits, or as products of narrow matrices."""
+
+    none = "none"
+    fp16 = "fp16"
+    bf16 = "bf16"
+    powersgd = "powersgd"
+
+
 @dataclass(kw_only=True, slots=True)
 class DistributedConfig:
     """How ranks, one process for every device, train together. How many they are is `hardware.num_devices`."""
@@ -40,5 +49,8 @@ class DistributedConfig:
     """How many ranks, one after the other, divide the experts of every layer among them; 1 is every rank has all."""
     timeout_s: float = 1800.0
     """How long a rank waits for the others before it gives up."""
+    gradient_compression: GradientCompression = GradientCompression.none
+    powersgd_rank: int = 4
+    """Columns of the narrow matrices: more of them lose less."""
     nvme_path: str | None = None
     """A folder on a fast disk of each machine, where `zero_infinity` keeps weights and states; no other needs it."""

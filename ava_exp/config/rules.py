@@ -12,7 +12,7 @@ from ava_exp.config import generation
 from ava_exp.config.architecture_rules import ARCHITECTURE_RULES
 from ava_exp.config.bounds import BOUNDS, value_at
 from ava_exp.config.data import BPEConfig
-from ava_exp.config.distributed import Backend
+from ava_exp.config.distributed import Backend, GradientCompression
 from ava_exp.config.faults import Fault, Rule, Severity, error
 from ava_exp.config.launcher import SlurmLauncherConfig
 from ava_exp.config.machine import Precision
@@ -167,6 +167,16 @@ def _compiled_blocks_are_not_skipped(config: RunConfig) -> Iterator[Fault]:
         yield error("training.compile", expected, True, "How many tokens a layer gets is data, and cannot be compiled.")
 
 
+def _copies_alone_are_compressed(config: RunConfig) -> Iterator[Fault]:
+    backend, compression = config.distributed.backend, config.distributed.gradient_compression
+    if compression is not GradientCompression.none and backend not in (Backend.auto, Backend.ddp):
+        expected = f"`none` with `distributed={backend.value}`"
+        yield error("distributed.gradient_compression", expected, compression.value, "`distributed=ddp` goes with it.")
+    if compression is not GradientCompression.none and config.distributed.expert_parallel > 1:
+        expected = "`none` with `distributed.expert_parallel`"
+        yield error("distributed.gradient_compression", expected, compression.value, "Tokens travel as they are.")
+
+
 def _what_is_cut_is_as_it_is(config: RunConfig) -> Iterator[Fault]:
     if config.distributed.backend is Backend.fsdp2:
         mend = "`distributed=ddp` goes with it."
@@ -221,6 +231,7 @@ RULES: tuple[Rule, ...] = (
     _compiled_blocks_are_recomputed_whole,
     _sweep_is_of_one_kind,
     _experts_divide_among_ranks,
+    _copies_alone_are_compressed,
     _what_is_cut_is_as_it_is,
     _nodes_are_shared_by_training,
     _single_is_one_task,

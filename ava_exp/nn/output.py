@@ -13,7 +13,7 @@ from ava_exp.nn.mod.depth import Depth
 from ava_exp.nn.moe.routing import Routing
 
 
-@dataclass(slots=True)
+@dataclass  # without slots: DeepSpeed looks in `__dict__` for the weight that leaves a module, the head
 class ModelOutput:
     """`hidden` (B, T, D) after the last norm and `head` (V, D), whose product are the logits, in the model's format;
     `routings` one entry for every mixture-of-experts layer, `head_routings` one for every mixture of heads, `depths`

@@ -100,11 +100,11 @@ class ExpertParallel(DataParallel):
             for weight, gradient in zip(experts, gradients, strict=True):
                 weight.grad = gradient
 
-    def exchanged_bytes(self) -> int | None:
+    def record(self) -> dict[str, float]:
         own = sum(exchange.sent_bytes for exchange in self._exchanges)
         for exchange in self._exchanges:
             exchange.sent_bytes = 0
-        return self.ranks.sums([own])[0]
+        return {"exchanged_bytes": self.ranks.sums([own])[0]}
 
     def verify(self) -> None:
         """Raise RuntimeError unless ranks agree on what they should have alike."""

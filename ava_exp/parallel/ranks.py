@@ -86,6 +86,14 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
+    def gather_at_first(self, value: Any) -> list[Any]:
+        """Return what each rank gave to the first, and nothing to the others."""
+        if self.num_ranks == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.num_ranks if self.is_first else None
+        dist.gather_object(value, values, dst=0, group=self.control)
+        return values or []
+
     def wait(self) -> None:
         """Return when all ranks have come here."""
         if self.num_ranks > 1:

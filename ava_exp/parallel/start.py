@@ -76,14 +76,15 @@ def make_accelerator(
     device: DeviceType, distributed: DistributedConfig | None = None, backend: Backend = Backend.single
 ) -> Accelerator:
     """Return what Accelerate makes of the device and, the first time, of the other processes."""
-    if backend.zero_stage is not None and distributed is not None:
-        return _accelerator_with_deepspeed(device, distributed)
+    if backend.zero_stage is not None:
+        return Accelerator() if distributed is None else _accelerator_with_deepspeed(device, distributed)
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # an earlier run of this process may have had it
     handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
     if distributed is not None:
         handlers.append(InitProcessGroupKwargs(timeout=timedelta(seconds=distributed.timeout_s)))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*OMP_NUM_THREADS.*")  # `_set_threads` decides
-        return Accelerator(cpu=device is DeviceType.cpu and backend.zero_stage is None, kwargs_handlers=handlers)
+        return Accelerator(cpu=device is DeviceType.cpu, kwargs_handlers=handlers)
 
 
 class _Plugin(DeepSpeedPlugin):  # type: ignore[misc]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,12 +49,15 @@ def load(device: DeviceType) -> None:
     if device is DeviceType.cpu:
         deepspeed.ops.__compatible_ops__ = {}  # else it compiles collectives of its own for half a minute
     deepspeed.utils.logger.setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
 
 
 def settings(distributed: DistributedConfig) -> dict[str, Any]:
     """Return what DeepSpeed is told of a back end: gradients are added up in fp32, and nothing is compiled."""
     stage = distributed.backend.zero_stage
     zero: dict[str, Any] = {"stage": stage}
+    if stage == 3:
+        zero["stage3_param_persistence_threshold"] = 0  # small weights are put together with their blocks
     if distributed.backend is Backend.zero3_offload:
         zero |= {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
     return {
@@ -170,10 +174,6 @@ class ZeroUpdater(Updater):
             return
         for group in range(len(self.zero.fp16_groups)):
             self.zero._reassign_or_swap_out_partitioned_parameters(group)
-        kept = self.zero.persistent_parameters
-        if kept:  # small ones, of which every rank has the whole
-            kept[0].partition(kept)
-            kept[0].all_gather(kept)
 
     def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors: dict[str, Tensor] = {}
@@ -230,7 +230,7 @@ def _gather_by_block(model: Decoder) -> None:
 
 def _gather_head(objective: nn.Module, model: Decoder) -> None:
     """Let stage 3 put the head together for the losses, too, which are no part of the model."""
-    from deepspeed.zero import register_external_parameter
+    from deepspeed.runtime.zero.partition_parameters import register_external_parameter
 
     register_external_parameter(objective, model.embedding.weight if model.head is None else model.head.weight)
 

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from ava_exp.config.machine import DeviceType, Precision
 from ava_exp.config.mod import DepthConfig
 from ava_exp.config.run import RunConfig
 from ava_exp.config.validate import offload_faults, raise_if_fatal
-from ava_exp.data.loader import BatchLoader, EvaluationLoader
+from ava_exp.data.loader import Batch, BatchLoader, EvaluationLoader
 from ava_exp.data.prepare import PreparedData, prepare_data
 from ava_exp.errors import ConfigError, must_be
 from ava_exp.evaluation.depth import DepthObserver, token_kinds
@@ -184,19 +184,35 @@ def build_evaluation(
             sequence_length=config.data.sequence_length,
             batch_size=runtime.resolution.batch_size,
             max_tokens=None if whole else config.evaluation.max_tokens,
+            rank=runtime.ranks.rank,
+            num_ranks=runtime.ranks.num_ranks,
             mask_documents=config.data.mask_documents,
         )
         probe = choose_probe(batches.windows(config.evaluation.max_tokens), config.data.sequence_length)
         observer = RoutingObserver(data.validation.sources, probe, state.routing.choices)
         depth_observer = build_depth_observer(config, data)
         measured = inference_copy(config, runtime, model, updater)
-        until_stop = itertools.takewhile(lambda batch: not is_stopping(), batches)
         metrics = evaluate_language(
-            measured, until_stop, data.tokenizer.token_bytes(), runtime.device, observer, depth_observer
+            measured,
+            _until(is_stopping, batches),
+            data.tokenizer.token_bytes(),
+            runtime.device,
+            observer,
+            depth_observer,
+            runtime.ranks.gather,
         )
         return None if is_stopping() else metrics
 
     return evaluate
+
+
+def _until(is_stopping: Callable[[], bool], batches: EvaluationLoader) -> Iterator[Batch]:
+    """Yield this rank's batches until ranks are to stop, which all of them ask as often as the others."""
+    own = iter(batches)
+    for _ in range(batches.most_batches):
+        if is_stopping():
+            return
+        yield from itertools.islice(own, 1)
 
 
 def build_depth_observer(config: RunConfig, data: PreparedData) -> DepthObserver | None:
@@ -244,7 +260,7 @@ def build_trainer(
     peak = runtime.resolution.peak_tflops
     state = state or TrainState()
     terms = build_terms(config)
-    strategy = runtime.spread(Objective(model, terms, runtime.ranks), updater, model)
+    strategy = runtime.spread(Objective(model, terms, runtime.ranks), updater, model, config.distributed)
     return Trainer(
         model,
         build_loader(config, runtime, data),

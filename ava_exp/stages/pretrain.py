@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import Tensor
 
 from ava_exp.config.identity import difference_from_default, flatten, to_plain
 from ava_exp.config.run import RunConfig
@@ -31,6 +32,7 @@ from ava_exp.runtime import (
     reset_peak_memory,
 )
 from ava_exp.stages import assembly
+from ava_exp.stages.failure import explain, forget_failure
 from ava_exp.stages.runs import (
     INITIAL,
     ORIGIN,
@@ -58,6 +60,7 @@ from ava_exp.training.checkpoint import (
 from ava_exp.training.loop import Outcome, Record, measure_seconds_per_step
 from ava_exp.training.saver import (
     CheckpointSaver,
+    kept_by,
     random_state,
     restore_snapshot,
     restore_weights,
@@ -109,6 +112,7 @@ def train(
             if initial is not None and recorded_initial_weights(folder) is None:
                 folder.write_json(INITIAL, initial.record())  # before `latest` leads here
             folder.point_latest(Path(config.output_dir))
+            forget_failure(folder)
         try:
             return Pretraining(config, folder, requests, initial, measure, ranks).run()
         except BaseException as error:
@@ -116,6 +120,9 @@ def train(
             logger.debug("the run ended with %s", type(error).__name__, exc_info=True)
             if ranks.is_first:
                 _write_failure(folder)
+            reason = explain(error, folder, ranks)
+            if reason is not error:
+                raise reason from error
             raise
 
 
@@ -140,6 +147,7 @@ class Pretraining:
     ) -> None:
         self.config, self.folder, self.requests = config, folder, requests
         self.initial, self.measure, self.ranks = initial, measure, ranks or Ranks()
+        self.kept: dict[str, Tensor] = {}
         self.output_dir = Path(config.output_dir)
         stored = folder.read_json("resolution.json") if self.ranks.is_first else None
         self.resolution: dict[str, Any] = self.ranks.from_first(stored) or {}
@@ -304,6 +312,7 @@ class Pretraining:
             snapshot, surgeon.updater, reset_optimizer=reset_optimizer, surgeon=surgeon, ranks=self.ranks
         )
         new = ", with a new optimizer" if reset_optimizer else ""
+        self.kept = kept_by(self.ranks, snapshot)
         self._tell(f"Going on from step {state.step} ({checkpoint}){new}.")
         return state
 
@@ -362,10 +371,10 @@ class Pretraining:
                 sinks += [metrics.append, view.update, RecordLog(total_steps).append]
 
             def save(state: TrainState) -> None:
-                drawn = ranks.gather(random_state())
+                drawn, kept = ranks.gather(random_state()), ranks.gather_at_first(trainer.strategy.kept())
                 copy = settings.asynchronous and state.step < total_steps
                 if ranks.is_first or updater.is_sharded:
-                    snapshot = take_snapshot(updater, state, extra, surgeon, copy=copy, drawn=drawn)
+                    snapshot = take_snapshot(updater, state, extra, surgeon, copy=copy, drawn=drawn, kept=kept)
                 if not ranks.is_first:
                     return
                 try:
@@ -387,6 +396,7 @@ class Pretraining:
                 save=save,
                 sinks=sinks,
             )
+            trainer.strategy.keep(self.kept)
             try:
                 outcome = trainer.fit(self.requests)
             finally:

@@ -24,6 +24,8 @@ from ava_exp.training.state import TrainState
 
 logger = logging.getLogger(__name__)
 
+KEPT = "rank_"
+"""Before a rank's number: the file of what it remembers beside its random state."""
 SURGERY, PRUNED = "surgery", "pruned"
 """Where a checkpoint tells what surgery made of the model, and keeps the experts that were taken away."""
 MAX_FAILURES_IN_A_ROW = 3
@@ -105,10 +107,11 @@ def take_snapshot(
     *,
     copy: bool = True,
     drawn: Sequence[tuple[dict[str, Tensor], dict[str, Any]]] | None = None,
+    kept: Sequence[dict[str, Tensor]] = (),
 ) -> Snapshot:
     """Gather everything resumable. With `copy` training can go on while it is written; without it needs no memory, and
     must be written before anything changes: a save that fails and is repeated is made up for by the next one. `drawn`
-    are the random states of all ranks, this one's alone by default.
+    are the random states of all ranks, this one's alone by default, `kept` what else each of them remembers.
     """
     optimizer_tensors, optimizer_numbers = updater.optimizer_state()
     state.loss_scale, state.loss_scale_good_steps = updater.loss_scale.scale, updater.loss_scale.good_steps
@@ -119,6 +122,7 @@ def take_snapshot(
         "optimizer": _copies(optimizer_tensors) if copy else optimizer_tensors,
         **{_random(rank): tensors for rank, (tensors, _) in enumerate(drawn)},
     }
+    tensors |= {f"{KEPT}{rank}": tensors for rank, tensors in enumerate(kept) if tensors}
     if routing := state.routing.to_tensors():
         tensors["routing"] = routing
     surgery, pruned = surgeon.state() if surgeon is not None else (None, {})
@@ -136,6 +140,12 @@ def take_snapshot(
             **extra,
         },
     )
+
+
+def kept_by(ranks: Ranks, snapshot: Snapshot) -> dict[str, Tensor]:
+    """Return what this one of the `ranks` remembered; nothing where they were others, whose memory is of no use."""
+    saved = {name: tensors for name, tensors in snapshot.tensors.items() if name.startswith(KEPT)}
+    return saved[f"{KEPT}{ranks.rank}"] if len(saved) == ranks.num_ranks else {}
 
 
 def _random(rank: int) -> str:

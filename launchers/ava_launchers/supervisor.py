@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ava_exp.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, EXIT_RESUMABLE
+from ava_exp.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, EXIT_OTHER_RANK, EXIT_RESUMABLE
 from ava_launchers.rank import DUMP_SIGNAL, Place, Rank
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
@@ -61,7 +61,7 @@ class Supervisor:
         self._ranks: list[Rank] = []
         self._ended: list[Rank] = []
         self._deadline: float | None = None
-        self._hangs = False
+        self._hangs = self._has_cause = False
         self._output = Output()
         self._reminded_at = 0.0
 
@@ -98,8 +98,9 @@ class Supervisor:
         self._ended += fresh
         for rank in filter(self._has_failed, fresh):
             rank.kill()  # its children
-            if self._deadline is None:
-                self._deadline = time.monotonic() + self.grace_s
+            self._deadline = self._deadline or time.monotonic() + self.grace_s
+            if not self._has_cause and rank.code != EXIT_OTHER_RANK:
+                self._has_cause = True
                 self._report(rank)
         if self._deadline is not None and time.monotonic() > self._deadline:
             for rank in self._alive():
@@ -152,14 +153,15 @@ class Supervisor:
             rank.kill()
 
     def _is_told_by_the_first(self) -> bool:
-        """Whether rank 0 is here and ended as the first failure did: then the others' sentences are its own."""
+        """Whether rank 0 is here and ended as the first failure did, or because of it: then it has told what the others
+        tell."""
         first = self._ranks[0] if self._ranks else None
-        return first is not None and first.number == 0 and first.code == self._exit_code()
+        return first is not None and first.number == 0 and first.code in (self._exit_code(), EXIT_OTHER_RANK)
 
     def _exit_code(self) -> int:
         if self._hangs:
             return EXIT_FAILURE
-        for rank in self._ended:
+        for rank in sorted(self._ended, key=lambda rank: rank.code == EXIT_OTHER_RANK):
             if rank.code is not None and self._has_failed(rank):
                 return rank.code if rank.code > 0 else 128 - rank.code
         return max((rank.code or 0 for rank in self._ended), default=EXIT_FAILURE)

@@ -172,10 +172,10 @@ def compare(folder: Path, reference: Path, backend: Backend) -> dict[Training, D
 def difference(run: RunFolder, reference: RunFolder) -> Difference:
     """Return how far two runs are from each other, which have had the same sequences in every step."""
     found = Difference()
-    pairs = [of_kind(read_metrics(each.metrics), "train") for each in (run, reference)]
-    assert len(pairs[0]) == len(pairs[1]) == NUM_STEPS
+    pairs = [read_metrics(each.metrics) for each in (run, reference)]
+    assert [len(of_kind(records, "train")) for records in pairs] == [NUM_STEPS] * 2
     for step, expected in zip(*pairs, strict=True):
-        assert all(step[name] == expected[name] for name in ("sample_crc32", "tokens"))
+        assert all(step.get(name) == expected.get(name) for name in ("kind", "sample_crc32", "tokens"))
         for name in expected:
             if name.endswith("loss") or name == "grad_norm":
                 found |= Difference(numbers=abs(step[name] - expected[name]) / abs(expected[name]))

@@ -31,7 +31,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train_reference(shared / "one_process")
 
 
-@pytest.mark.parametrize(("backend", "num_ranks"), rows(), ids=lambda value: getattr(value, "value", str(value)))
+@pytest.mark.parametrize(("backend", "num_ranks"), [*rows()], ids=lambda value: getattr(value, "value", str(value)))
 def test_ranks_train_as_one_process_does(tmp_path: Path, reference: Path, backend: Backend, num_ranks: int) -> None:
     for training, ended in train_all(tmp_path, backend, num_ranks).items():
         assert [each.code for each in ended] == [0] * num_ranks, f"{training}: {ended}"

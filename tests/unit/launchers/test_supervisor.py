@@ -130,6 +130,18 @@ def test_a_rank_that_was_killed_is_the_cause_where_several_fail_at_once(tmp_path
     assert supervisor.run().code == 128 + signal.SIGKILL
 
 
+def test_a_rank_that_ends_because_of_another_is_no_cause(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Even where it has ended first; what the cause says of itself is told by rank 0 then."""
+    body = """
+        print("ava_exp: rank 1 failed: it was me", file=sys.stderr)
+        time.sleep(0.6 * (rank == 1))
+        sys.exit(3 if rank == 1 else 76)
+    """
+    assert run(tmp_path, body).code == 3
+    told = [line for line in capfd.readouterr().err.splitlines() if "ava_exp: " in line]
+    assert sorted(told) == ["ava_exp: rank 1 failed with exit code 3.", "ava_exp: rank 1 failed: it was me"]
+
+
 def test_children_of_a_rank_are_ended_with_it(tmp_path: Path) -> None:
     body = """
         import subprocess
