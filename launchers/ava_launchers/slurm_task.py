@@ -62,7 +62,7 @@ class SlurmTask:
 
     def _requeue(self) -> bool:
         """Put the job back into the queue, unless somebody ended it on purpose; tell what was done."""
-        job_id = os.environ["SLURM_JOB_ID"]
+        job_id = own_id()
         state = slurm_commands.states([job_id]).get(job_id, "UNKNOWN")
         if state != "RUNNING":  # cancelled, or requeued by the cluster itself
             tell(f"stopped; job {job_id} is {state}, and is left to whoever made it so.")
@@ -77,6 +77,12 @@ class SlurmTask:
             return False
         tell(f"stopped; job {job_id} is back in the queue and will go on from there.")
         return True
+
+
+def own_id() -> str:
+    """Return what this job is called; in an array that is not its number."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
 
 
 def restarts() -> int:
