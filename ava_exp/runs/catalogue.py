@@ -109,7 +109,8 @@ def all_entries(output_dir: Path) -> list[Entry]:
     entries = {path.name: Entry(name=path.name, folder=RunFolder(path)) for path in _run_folders(output_dir)}
     for folder, job in jobs:
         run = Path(job.run_folder) if job.run_folder else None
-        name = run.name if run is not None and run.name in entries else folder.root.name
+        alone = f"{folder.root.name}-{job.step}" if job.step else folder.root.name
+        name = run.name if run is not None and run.name in entries else alone
         run_folder = entries[name].folder if name in entries else None
         entries[name] = Entry(
             name=name, folder=run_folder, job_folder=folder, job=job, job_state=states.get(job.id, "UNKNOWN")

@@ -40,6 +40,7 @@ from ava_exp.stages.runs import (
     recorded_initial_weights,
     with_initial_weights,
 )
+from ava_exp.stages.steps import announce
 from ava_exp.tracking.folder import RunFolder
 from ava_exp.tracking.lock import RunLock
 from ava_exp.tracking.logs import RecordLog, configure_logging
@@ -109,7 +110,7 @@ def train(
         if ranks.is_first:
             if initial is not None and recorded_initial_weights(folder) is None:
                 folder.write_json(INITIAL, initial.record())  # before `latest` leads here
-            folder.point_latest(Path(config.output_dir))
+            announce(config, folder)
         try:
             return Pretraining(config, folder, requests, initial, measure, ranks).run()
         except BaseException as error:

@@ -23,7 +23,7 @@ from ava_exp.config.launcher import SlurmLauncherConfig
 from ava_exp.config.machine import MLflowConfig
 from ava_exp.config.points import PointComposer
 from ava_exp.config.run import RunConfig
-from ava_exp.config.stage import PretrainConfig
+from ava_exp.config.stage import PipelineStageConfig, PretrainConfig
 from ava_exp.config.validate import validate
 from ava_exp.errors import EXIT_FAILURE, EXIT_OK, EXIT_RESUMABLE, EXIT_USER_ERROR, ConfigError, UserError, must_be
 from ava_exp.sweeping.definition import Definition, define, varying
@@ -87,6 +87,8 @@ def run_sweep(
                 "`hydra/launcher` gets all points at once, and a search has them one by one: leave it out."
             )
         _check_jobs(definition, points, chosen is not None)
+        if isinstance(points[0].config.stage, PipelineStageConfig):
+            raise ConfigError("`stage=pipeline` is one at a time: leave `-m` out, or sweep over one of its stages.")
     if not isinstance(points[0].config.stage, PretrainConfig):
         return _run_here(points, composed, task) if chosen is None else _run_there(points, chosen)
     try:

@@ -27,6 +27,10 @@ class Request:
 
     config: RunConfig
     overrides: Sequence[str]
+    step: str | None = None
+    """Its name in a pipeline."""
+    finished: Path | None = None
+    """A file that is to be there when it has ended well."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +50,8 @@ class Job:
     directory: str
     """Where the command was given."""
     submitted: str
+    step: str | None = None
+    """Its name in a pipeline."""
     commit: str | None = None
     """Of the code that it runs, where that came from a checkout; `+` when files differed from it."""
 

@@ -58,6 +58,10 @@ class SlurmLauncher:
         """
         return submit(requests, name=name, num_parallel=num_parallel)
 
+    def submit_chain(self, requests: Sequence[Request], name: str) -> tuple[JobFolder, list[Job]]:
+        """Submit jobs of which each begins when the one before it has ended well; else it is cancelled."""
+        return submit(requests, name=name, in_turn=True)
+
     def ranks_per_node(self, config: RunConfig) -> int:
         """Return how many tasks each node has; what does not train is one."""
         return -(-config.hardware.num_devices // self.num_nodes) if config.stage.trains else 1

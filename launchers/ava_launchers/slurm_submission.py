@@ -56,6 +56,7 @@ class Settled:
             hang_timeout_s=self.launcher.hang_timeout_s,
             max_requeues=self.launcher.max_requeues,
             ended=str(folder.root / "ended"),
+            finished=str(self.request.finished.resolve()) if self.request.finished else None,
         )
 
     def parameters(self, name: str, folder: JobFolder) -> dict[str, Any]:
@@ -64,9 +65,12 @@ class Settled:
 
 
 def submit(
-    requests: Sequence[Request], *, name: str | None = None, num_parallel: int = 1
+    requests: Sequence[Request], *, name: str | None = None, num_parallel: int = 1, in_turn: bool = False
 ) -> tuple[JobFolder, list[Job]]:
-    """Submit jobs, as arrays where they are several, and return them in order. `name` is by default that of the first.
+    """Submit jobs and return them in order. `name` is that of their folder, by default the first one's.
+
+    Several are arrays, of which `num_parallel` jobs run at a time; or, `in_turn`, each waits for the one before it, and
+    is cancelled when that has not ended well.
 
     Raises:
         UserError: this machine cannot submit, SLURM refuses, or a job trains one of the runs already.
@@ -81,8 +85,11 @@ def submit(
     take_snapshot(folder.snapshot)
     jobs: dict[int, Job] = {}
     try:
-        for alike in _alike(settled, name, folder):
+        groups = [[index] for index in range(len(settled))] if in_turn else _alike(settled, name, folder)
+        for alike in groups:
             launcher, parameters = settled[alike[0]].launcher, settled[alike[0]].parameters(name, folder)
+            if in_turn and jobs:
+                parameters["additional_parameters"] |= _after(jobs[len(jobs) - 1])
             executor = executor_class(folder.logs, python=launcher.python)
             executor.update_parameters(array_parallelism=num_parallel, **parameters)
             ids = _submit(executor, [settled[index].task(folder) for index in alike])
@@ -97,9 +104,11 @@ def submit(
 
 def settle(request: Request) -> Settled:
     """Decide once what every start of a job has to agree on: the run's folder, and the weights it begins with."""
+    from ava_exp.stages.steps import references_of
+
     config, launcher = request.config, request.config.launcher.build()
-    if not config.stage.trains:
-        name = f"{config.name}-{config.stage.name}"
+    if not config.stage.trains or references_of(config):  # what a step before it will have made is not known yet
+        name = request.step or f"{config.name}-{config.stage.name}"
         return Settled(request=request, launcher=launcher, name=name, run_folder=None, asked=[*request.overrides])
     from ava_exp.stages.runs import choose_attempt, with_initial_weights
 
@@ -122,6 +131,10 @@ def _alike(settled: Sequence[Settled], name: str, folder: JobFolder) -> list[lis
     return list(groups.values())
 
 
+def _after(job: Job) -> dict[str, str]:
+    return {"dependency": f"afterok:{job.id}", "kill-on-invalid-dep": "yes"}
+
+
 def _job(settled: Settled, job_id: str) -> Job:
     return Job(
         id=job_id,
@@ -132,6 +145,7 @@ def _job(settled: Settled, job_id: str) -> Job:
         overrides=settled.asked,
         directory=str(Path.cwd()),
         submitted=datetime.now(UTC).isoformat(timespec="seconds"),
+        step=settled.request.step,
         commit=_commit(),
     )
 

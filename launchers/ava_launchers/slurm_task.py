@@ -33,6 +33,8 @@ class SlurmTask:
     max_requeues: int
     ended: str
     """A folder in which every task that has ended leaves a file."""
+    finished: str | None = None
+    """A file that the first task makes when the job has ended well."""
 
     def __call__(self) -> int:
         """Run the rank of this task. Ends the process with the rank's exit code where that is not 0."""
@@ -46,7 +48,9 @@ class SlurmTask:
         if not outcome.is_resumable:
             if outcome.code != EXIT_OK:
                 raise SystemExit(outcome.code)
-            return outcome.code
+            if place.rank == 0 and self.finished is not None:
+                Path(self.finished).touch()
+            return EXIT_OK
         if place.rank == 0 and not self._requeue():
             raise SystemExit(EXIT_RESUMABLE)
         return EXIT_OK

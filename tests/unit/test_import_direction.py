@@ -24,7 +24,7 @@ LAYERS = (
     {"training"},
     {"alignment", "control"},
     {"stages"},
-    {"sweeping"},
+    {"sweeping", "pipelines"},
     {"cli", "runs", "__main__"},
 )
 """Parts of `ava_exp`, lowest first. A part imports from its own layer and from those below it."""
