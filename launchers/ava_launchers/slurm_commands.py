@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from ava_exp.errors import UserError
 
 SECONDS = 30.0
+TIME_LEFT = re.compile(r"(?:(?:(?P<days>\d+)-)?(?P<hours>\d+):)?(?P<minutes>\d+):(?P<seconds>\d+)")
 ARRAY = re.compile(r"(?P<array>\d+)_\[(?P<indices>[\d,-]+)(?:%\d+)?\]")
 ACTIVE = frozenset(
     {
@@ -103,6 +104,16 @@ def _output(command: list[str]) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout
+
+
+def time_left_s(job_id: str) -> float | None:
+    """Return how long a running job may go on; None where that has no limit or is not known."""
+    text = _output(["squeue", "--noheader", "--format=%L", f"--jobs={job_id}"]).strip()
+    match = TIME_LEFT.fullmatch(text)
+    if match is None:
+        return None
+    days, hours, minutes, seconds = (int(match[name] or 0) for name in ("days", "hours", "minutes", "seconds"))
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 
 
 def cancel(job_ids: Sequence[str]) -> None:

@@ -42,7 +42,13 @@ class SlurmTask:
             signal.signal(number, signal.SIG_IGN)
         place = place_in_job()
         command = [sys.executable, "-m", "ava_exp", *self.overrides]
-        supervisor = Supervisor(command, [place], grace_s=self.grace_s, hang_timeout_s=self.hang_timeout_s)
+        supervisor = Supervisor(
+            command,
+            [place],
+            grace_s=self.grace_s,
+            hang_timeout_s=self.hang_timeout_s,
+            time_left_s=slurm_commands.time_left_s(own_id()),
+        )
         outcome = supervisor.run()
         self._wait_for_the_others(place)
         if not outcome.is_resumable:

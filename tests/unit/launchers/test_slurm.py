@@ -375,6 +375,23 @@ def test_a_job_that_the_queue_forgot_is_looked_up_in_the_accounts(script: Script
     assert slurm_commands.states(["5"]) == {"5": "TIMEOUT"}
 
 
+@pytest.mark.parametrize(
+    ("told", "seconds"),
+    [
+        ("0:59", 59),
+        ("12:34", 754),
+        ("1:00:00", 3600),
+        ("2-03:04:05", 183_845),
+        ("UNLIMITED", None),
+        ("NOT_SET", None),
+        ("", None),
+    ],
+)
+def test_the_time_that_a_job_has_left(script: Script, told: str, seconds: float | None) -> None:
+    script("squeue", f"echo '{told}'")
+    assert slurm_commands.time_left_s("42") == seconds
+
+
 def test_a_damaged_record_of_a_job_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "jobs" / "a-1").mkdir(parents=True)
     for text in ("{", "[]", "3", json.dumps([{"id": "1", "surprise": 2}])):
