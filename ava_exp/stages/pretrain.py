@@ -41,6 +41,7 @@ from ava_exp.stages.runs import (
     recorded_initial_weights,
     with_initial_weights,
 )
+from ava_exp.stages.steps import announce
 from ava_exp.tracking.folder import RunFolder
 from ava_exp.tracking.lock import RunLock
 from ava_exp.tracking.logs import RecordLog, configure_logging
@@ -69,8 +70,12 @@ from ava_exp.training.saver import (
 )
 from ava_exp.training.signals import SignalRequests
 from ava_exp.training.state import TrainState
+from ava_exp.training.stopping import StoppingTime
 
 logger = logging.getLogger(__name__)
+
+STOPPING = "stopping.json"
+"""How long the longest step and the longest save took."""
 
 
 def run(config: RunConfig) -> int:
@@ -111,7 +116,7 @@ def train(
         if ranks.is_first:
             if initial is not None and recorded_initial_weights(folder) is None:
                 folder.write_json(INITIAL, initial.record())  # before `latest` leads here
-            folder.point_latest(Path(config.output_dir))
+            announce(config, folder)
             forget_failure(folder)
         try:
             return Pretraining(config, folder, requests, initial, measure, ranks).run()
@@ -358,12 +363,19 @@ class Pretraining:
         total_steps: int,
     ) -> Outcome:
         settings, ranks = self.config.checkpoint, self.ranks
+        stopping = StoppingTime(self.folder.read_json(STOPPING) if ranks.is_first else None)
         saver = CheckpointSaver(
-            self.folder.checkpoints, num_best=settings.save_total_limit, asynchronous=settings.asynchronous
+            self.folder.checkpoints,
+            num_best=settings.save_total_limit,
+            asynchronous=settings.asynchronous,
+            saved=stopping.saved,
         )
         extra = {"fingerprints": assembly.fingerprints(data), "run": self.folder.root.name}
         with ExitStack() as stack:
-            sinks: list[Callable[[Record], None]] = [stack.enter_context(heartbeat())]
+            sinks: list[Callable[[Record], None]] = [
+                stopping.observe,
+                stack.enter_context(heartbeat(lambda: stopping.seconds)),
+            ]
             if ranks.is_first:
                 metrics = stack.enter_context(MetricsFile(self.folder.metrics))
                 parameters = assembly.parameters_of(self.config, surgeon.model, updater)
@@ -402,7 +414,15 @@ class Pretraining:
             finally:
                 saver.wait()
             saver.finish()
+            if ranks.is_first:
+                self._keep(stopping)
             return outcome
+
+    def _keep(self, stopping: StoppingTime) -> None:
+        try:
+            self.folder.write_json(STOPPING, stopping.to_json())
+        except RunFolderError as error:  # the next process measures anew
+            logger.warning("%s", error)
 
     def _title(self, total_steps: int, parameters: Parameters) -> list[str]:
         size = f"{parameters.total / 1e6:.1f} M parameters, {parameters.active / 1e6:.1f} M active"

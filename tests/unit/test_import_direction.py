@@ -24,7 +24,7 @@ LAYERS = (
     {"training"},
     {"alignment", "control"},
     {"stages"},
-    {"sweeping"},
+    {"sweeping", "pipelines"},
     {"cli", "runs", "__main__"},
 )
 """Parts of `ava_exp`, lowest first. A part imports from its own layer and from those below it."""
@@ -43,7 +43,8 @@ MAY_TOUCH_THE_ENVIRONMENT = {
     "ava_exp/sweeping/start.py",  # gives a point its GPU
     "ava_exp/tracking/mlflow_follower.py",  # sets what MLflow can be told in no other way
     "launchers/ava_launchers/rank.py",  # tells a process its place among the others
-    "launchers/ava_launchers/slurm.py",  # hides a job's variables from the next one
+    "launchers/ava_launchers/slurm_commands.py",  # asks for whole lists of an array's jobs
+    "launchers/ava_launchers/slurm_submission.py",  # hides a job's variables from the next one
     "launchers/ava_launchers/slurm_task.py",  # is told by SLURM
 }
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
