@@ -126,6 +126,7 @@ def test_a_job_out_of_time_stops_as_early_as_its_slow_saves_need_and_goes_on_bit
     job_id = cluster.submit(
         *overrides,
         "launcher.time_limit_minutes=1",
+        "launcher.warning_s=30",
         "+launcher.sbatch_parameters.signal=CONT@1",
         PYTHONPATH=f"{slow}:{os.environ.get('PYTHONPATH', '')}",
     )
