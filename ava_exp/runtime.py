@@ -39,9 +39,10 @@ from ava_exp.config.distributed import Backend, DistributedConfig
 from ava_exp.config.machine import DeviceType, HardwareConfig, Precision, PrecisionConfig
 from ava_exp.config.options import read_option
 from ava_exp.config.validate import precision_faults, raise_if_fatal
-from ava_exp.errors import ConfigError
+from ava_exp.errors import ConfigError, must_be
 from ava_exp.models.decoder import Decoder
 from ava_exp.optim.update import Updater
+from ava_exp.parallel.experts import ExpertParallel, ExpertParallelUpdater, divide_experts, leave_alone
 from ava_exp.parallel.ranks import Ranks
 from ava_exp.parallel.sharded import FullySharded, ShardedUpdater, shard
 from ava_exp.parallel.strategy import Alone, DataParallel
@@ -112,7 +113,9 @@ class Runtime:
         self.accelerator.backward(loss)
 
     def shard(self, model: Decoder) -> None:
-        """Cut a model that was just built over the ranks, where the back end does that."""
+        """Cut a model that was just built over the ranks, or its experts, where that was asked for."""
+        if self.ranks.experts is not None:
+            divide_experts(model, self.ranks)
         if self.ranks.backend is Backend.fsdp2:
             shard(model, self.device, self.ranks, self.dtype if self.mixed else None)
 
@@ -122,9 +125,13 @@ class Runtime:
             return Alone(objective, updater)
         if isinstance(updater, ShardedUpdater):
             return FullySharded(objective, updater, model)
+        if isinstance(updater, ExpertParallelUpdater):
+            leave_alone(objective, updater.divided)
         wrapped = _wrap(self.accelerator, objective)
         if not isinstance(wrapped, nn.parallel.DistributedDataParallel):
             raise RuntimeError(f"`distributed=ddp` was asked for, but the model became a {type(wrapped).__name__}")
+        if isinstance(updater, ExpertParallelUpdater):
+            return ExpertParallel(wrapped, updater, self.ranks, model)
         return DataParallel(wrapped, updater, self.ranks)
 
 
@@ -157,6 +164,11 @@ def join_ranks(distributed: DistributedConfig, hardware: HardwareConfig) -> Rank
         control=control,
     )
     _probe_synchronisation(accelerator, ranks)
+    if num_ranks % distributed.expert_parallel:
+        divisor = f"a divisor of the number of ranks ({num_ranks})"
+        raise ConfigError(must_be("distributed.expert_parallel", divisor, distributed.expert_parallel))
+    if distributed.expert_parallel > 1:
+        return ranks.sharing_experts(distributed.expert_parallel, timedelta(seconds=distributed.timeout_s))
     return ranks
 
 

@@ -83,6 +83,7 @@ BOUNDS = (
             "sweep.num_parallel",
             "sweep.optuna.num_trials",
             "sweep.optuna.num_startup_trials",
+            "distributed.expert_parallel",
             "stage.expert_parallel",
         ),
     ),

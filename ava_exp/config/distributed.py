@@ -21,5 +21,7 @@ class DistributedConfig:
     """How ranks, one process for every device, train together. How many they are is `hardware.num_devices`."""
 
     backend: Backend = Backend.auto
+    expert_parallel: int = 1
+    """How many ranks, one after the other, divide the experts of every layer among them; 1 is every rank has all."""
     timeout_s: float = 1800.0
     """How long a rank waits for the others before it gives up."""

@@ -198,15 +198,20 @@ def _sweep_is_of_one_kind(config: RunConfig) -> Iterator[Fault]:
 
 
 def _experts_divide_among_ranks(config: RunConfig) -> Iterator[Fault]:
-    number = config.stage.expert_parallel if isinstance(config.stage, PlanConfig) else None
-    if number is None or number < 1:
-        return
-    key, num_devices = "stage.expert_parallel", config.hardware.num_devices
+    backend, num_devices = config.distributed.backend, config.hardware.num_devices
     num_experts = config.sparsity.num_experts if isinstance(config.sparsity, MoEConfig) else 1
-    if num_experts % number:
-        yield error(key, f"a divisor of the number of experts ({num_experts})", number)
-    elif num_devices % number:
-        yield error(key, f"a divisor of `hardware.num_devices` ({num_devices})", number)
+    asked = {"distributed.expert_parallel": config.distributed.expert_parallel}
+    if isinstance(config.stage, PlanConfig) and config.stage.expert_parallel is not None:
+        asked["stage.expert_parallel"] = config.stage.expert_parallel
+    for key, number in asked.items():
+        if number < 1:
+            continue
+        if num_experts % number:
+            yield error(key, f"a divisor of the number of experts ({num_experts})", number)
+        elif num_devices % number:
+            yield error(key, f"a divisor of `hardware.num_devices` ({num_devices})", number)
+    if config.distributed.expert_parallel > 1 and backend not in (Backend.auto, Backend.ddp):
+        yield error("distributed.backend", "`auto` or `ddp` with `distributed.expert_parallel`", backend.value)
 
 
 RULES: tuple[Rule, ...] = (

@@ -107,7 +107,7 @@ class FullySharded(Alone):
 
     def verify(self) -> None:
         """Raise RuntimeError unless the ranks agree on what is not cut."""
-        self._verify_alike(self.updater.buffers)
+        self._verify_alike(self.updater.buffers, self.ranks)
 
 
 def _placement(parameter: nn.Parameter, num_ranks: int) -> Shard:

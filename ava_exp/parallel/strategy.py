@@ -3,7 +3,7 @@
 Annotations are evaluated here, since torch looks at those of a hook.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -34,11 +34,15 @@ class Alone:
     def verify(self) -> None:
         """Raise RuntimeError unless the ranks agree on all weights. One is always of one mind."""
 
-    def _verify_alike(self, tensors: dict[str, Tensor]) -> None:
+    def exchanged_bytes(self) -> int | None:
+        """Return what ranks have sent one another of tokens since the last call; None where tokens stay."""
+        return None
+
+    def _verify_alike(self, tensors: dict[str, Tensor], ranks: Ranks) -> None:
         if not tensors:
             return
         own = torch.stack([_bits(tensor) for tensor in tensors.values()]).tolist()
-        largest = self.ranks.largest([*own, *(-value for value in own)])
+        largest = ranks.largest([*own, *(-value for value in own)])
         highest, lowest = largest[: len(own)], (-value for value in largest[len(own) :])
         differing = [name for name, high, low in zip(tensors, highest, lowest, strict=True) if high != low]
         if differing:
@@ -51,10 +55,14 @@ class DataParallel(Alone):
 
     objective: DistributedDataParallel
 
-    def __init__(self, objective: DistributedDataParallel, updater: Updater, ranks: Ranks) -> None:
+    def __init__(
+        self, objective: DistributedDataParallel, updater: Updater, ranks: Ranks, own: Collection[str] = ()
+    ) -> None:
+        """`own` names the weights that this rank has for itself, of which the module knows, too."""
         super().__init__(objective, updater)
         self.ranks = ranks
-        self._master_of = {parameter: updater.weights[name] for name, parameter in updater.model_parameters.items()}
+        self._parameters = {name: weight for name, weight in updater.model_parameters.items() if name not in own}
+        self._master_of = {parameter: updater.weights[name] for name, parameter in self._parameters.items()}
         self._num_added = 0
         objective.register_comm_hook(None, self._add_up)
         updater.draw = self._draw_alike
@@ -67,19 +75,19 @@ class DataParallel(Alone):
         if not is_last:
             self.updater.collect_gradients()
             return
-        parameters = self.updater.model_parameters
-        if self._num_added < len(parameters):
-            idle = [name for name, parameter in parameters.items() if parameter.grad is None]
+        if self._num_added < len(self._parameters):
+            idle = [name for name, parameter in self._parameters.items() if parameter.grad is None]
             raise ConfigError(
                 "with `distributed=ddp` all weights must take part in a micro-batch, but "
                 f"{', '.join(idle[:3]) or 'some'} did not: longer or more sequences in a micro-batch help."
             )
         if self.updater.wide:
-            for parameter in parameters.values():
+            for parameter in self._parameters.values():
                 parameter.grad = None  # the masters have it
+        self.updater.collect_gradients()
 
     def verify(self) -> None:
-        self._verify_alike(self.updater.weights | self.updater.buffers)
+        self._verify_alike(self.updater.weights | self.updater.buffers, self.ranks)
 
     def _add_up(self, state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
         """Add up a bucket of gradients over the ranks: the masters', where there are masters, else the weights' own."""

@@ -31,6 +31,7 @@ from ava_exp.models.memory import MemoryEstimate, estimate_memory
 from ava_exp.models.surgery import Parameters, Surgeon, count_parameters_of
 from ava_exp.optim.schedules import Schedule
 from ava_exp.optim.update import LossScale, Updater
+from ava_exp.parallel.experts import ExpertParallelUpdater
 from ava_exp.parallel.sharded import ShardedUpdater
 from ava_exp.runtime import DTYPES, Runtime
 from ava_exp.training.loop import Record, Trainer
@@ -99,8 +100,12 @@ def build_updater(config: RunConfig, runtime: Runtime, model: Decoder) -> Update
         min_scale=settings.min_scale,
         dynamic=fp16,
     )
-    is_sharded = runtime.ranks.backend is Backend.fsdp2
-    return (partial(ShardedUpdater, ranks=runtime.ranks) if is_sharded else Updater)(
+    ranks = runtime.ranks
+    is_sharded = ranks.backend is Backend.fsdp2
+    build: Callable[..., Updater] = partial(ShardedUpdater, ranks=ranks) if is_sharded else Updater
+    if ranks.experts is not None:
+        build = partial(ExpertParallelUpdater, experts=ranks.experts)
+    return build(
         model,
         lambda groups: config.optimizer.build(groups=groups),
         weight_decay=config.optimizer.weight_decay,

@@ -230,6 +230,8 @@ class Trainer(ExpertSurgery):
             "sample_crc32": zlib.crc32(self.loader.samples_of_all_ranks(self.state.step - 1).tobytes()),
             "skipped": not metrics.applied,
         }
+        if metrics.exchanged_bytes is not None:
+            record["exchanged_bytes"] = metrics.exchanged_bytes
         if metrics.head_counts:
             record["head_load"] = [(counts / counts.sum()).tolist() for counts in metrics.head_counts]
         return record | self._routing_record() | self._depth_record()

@@ -184,7 +184,10 @@ def restore_weights(snapshot: Snapshot, updater: Updater, surgeon: Surgeon | Non
     """Put a snapshot's weights back, and nothing else. Raises CheckpointError when they do not fit the model."""
     if surgeon is not None:
         if updater.is_sharded and snapshot.state.get(SURGERY) is not None:
-            raise CheckpointError("this run's experts were operated on, which `distributed=ddp` can go on with only.")
+            raise CheckpointError(
+                "this run's experts were operated on: go on with whole ones, with `distributed=ddp` and no "
+                "`distributed.expert_parallel`."
+            )
         follow_surgery(snapshot, surgeon)
     load_weights(snapshot, {**updater.weights, **updater.buffers}, updater.cut)
     updater.round_masters()

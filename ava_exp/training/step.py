@@ -32,6 +32,8 @@ class StepMetrics:
     head_counts: list[Tensor] = field(default_factory=list)
     """By layer with a mixture of heads, how many tokens chose each of the routed ones, (R,) int64."""
     depths: DepthTally = field(default_factory=DepthTally)
+    exchanged_bytes: int | None = None
+    """What ranks sent one another of tokens, forward and backward; None where every rank has all experts."""
 
 
 def train_step(
@@ -79,4 +81,5 @@ def train_step(
         tally=tally.experts,
         head_counts=tally.head_counts,
         depths=tally.depths,
+        exchanged_bytes=strategy.exchanged_bytes(),
     )

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import sys
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ava_exp import runtime
 from ava_exp.config.distributed import Backend, DistributedConfig
 from ava_exp.config.machine import DeviceType, HardwareConfig
+from ava_exp.config.model import Activation, DispatchBackend, SharedProjection
+from ava_exp.nn.moe.experts import Experts
 from ava_exp.optim.update import Updater
+from ava_exp.parallel.experts import give_part
 from ava_exp.parallel.ranks import Ranks
 from ava_exp.parallel.strategy import DataParallel
 
@@ -74,6 +80,63 @@ def drift() -> None:
     else:
         raise AssertionError("nobody noticed")
     runtime.leave_ranks(ranks)
+
+
+def experts() -> None:
+    """Half of the experts on each of two ranks do for the tokens of both what all of them do on one."""
+    ranks = runtime.join_ranks(DistributedConfig(expert_parallel=2, timeout_s=60), CPU)
+    assert ranks.experts is not None and ranks.experts.others.num_ranks == 2 and ranks.experts.same.num_ranks == 1
+    group = ranks.experts.others.group
+    assert group is not None
+    choices = {  # by rank: the experts of every token
+        "both": ([[0, 1], [2, 3], [1, 2]], [[3, 0], [0, 1], [1, 0], [2, 3]]),
+        "expert 2 alone": ([[2], [2]], [[2], [2], [2]]),
+        "nobody on one rank": ([[0, 3], [1, 2]], []),
+        "own experts": ([[0, 1], [1, 0]], [[2, 3]]),
+        "everybody to all": ([[0, 1, 2, 3]], [[3, 2, 1, 0]] * 2),
+        "ragged": ([[-1, -1], [3, -1]], [[0, 1], [-1, 2]]),
+    }
+    settings: list[dict[str, Any]] = [
+        {},
+        {"share": SharedProjection.up, "norm": True},
+        {"share": SharedProjection.down},
+        {"dispatch": DispatchBackend.loop, "norm": True},
+    ]
+    for (name, ids), extra in itertools.product(choices.items(), settings):
+        _compare_experts(ranks, [torch.tensor(i, dtype=torch.int64) for i in ids], name == "ragged", extra)
+    runtime.leave_ranks(ranks)
+
+
+def _compare_experts(ranks: Ranks, ids: list[Tensor], ragged: bool, extra: dict[str, Any]) -> None:
+    assert ranks.experts is not None and ranks.experts.others.group is not None
+    torch.manual_seed(0)
+    whole = Experts(4, 16, 32, Activation.swiglu, **extra)
+    for parameter in whole.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    part = copy.deepcopy(whole)
+    exchange = give_part(part, ranks.experts.others)
+    num_choices = max(i.shape[-1] for i in ids)
+    ids = [i.view(len(i), num_choices) for i in ids]
+    inputs = [torch.randn(len(i), 16) for i in ids]
+    weights = [torch.rand(i.shape) for i in ids]
+    outputs, gradients = {}, {}
+    for one, rank in ((whole, 0), (whole, 1), (part, ranks.rank)):
+        x, w = inputs[rank].clone().requires_grad_(), weights[rank].clone().requires_grad_()
+        outputs[one, rank] = y = one(x, ids[rank], w, ragged)
+        (y * torch.arange(16)).sum().backward()
+        gradients[one, rank] = (x.grad, w.grad)
+    own = ranks.rank
+    torch.testing.assert_close(outputs[part, own], outputs[whole, own])
+    torch.testing.assert_close(gradients[part, own], gradients[whole, own])
+    others = sum(int(((own_ids >= 0) & (own_ids // 2 != rank)).sum()) for rank, own_ids in enumerate(ids))
+    assert ranks.sums([exchange.sent_bytes]) == [4 * others * 16 * 4], "there and back, twice"
+    for name, parameter in part.named_parameters():
+        expected = whole.get_parameter(name).grad
+        assert parameter.grad is not None and expected is not None
+        if name in part.stacks():
+            torch.testing.assert_close(parameter.grad, expected.chunk(2)[own])
+        else:
+            torch.testing.assert_close(ranks.add_up([parameter.grad])[0], expected)
 
 
 def no_synchronisation() -> None:
