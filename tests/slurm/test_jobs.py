@@ -111,7 +111,7 @@ if "RANK" in os.environ:
         time.sleep(0.5)
         fsync(file)
     def slow_write_text(path, *arguments, **keywords):
-        time.sleep(0.15 * path.name.startswith("rank_"))  # after each step: the heartbeat
+        time.sleep(0.2 * path.name.startswith("rank_"))  # after each step: the heartbeat
         return write_text(path, *arguments, **keywords)
     os.fsync, pathlib.Path.write_text = slow_fsync, slow_write_text
 """
