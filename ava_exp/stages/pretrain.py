@@ -74,9 +74,6 @@ from ava_exp.training.stopping import StoppingTime
 
 logger = logging.getLogger(__name__)
 
-STOPPING = "stopping.json"
-"""How long the longest step and the longest save took."""
-
 
 def run(config: RunConfig) -> int:
     """Train the run that `config` names, or go on with it. Return the exit code."""
@@ -363,19 +360,14 @@ class Pretraining:
         total_steps: int,
     ) -> Outcome:
         settings, ranks = self.config.checkpoint, self.ranks
-        stopping = StoppingTime(self.folder.read_json(STOPPING) if ranks.is_first else None)
+        stopping = StoppingTime(self.folder if ranks.is_first else None)
+        num_best, asynchronous = settings.save_total_limit, settings.asynchronous
         saver = CheckpointSaver(
-            self.folder.checkpoints,
-            num_best=settings.save_total_limit,
-            asynchronous=settings.asynchronous,
-            saved=stopping.saved,
+            self.folder.checkpoints, num_best=num_best, asynchronous=asynchronous, saved=stopping.saved
         )
         extra = {"fingerprints": assembly.fingerprints(data), "run": self.folder.root.name}
         with ExitStack() as stack:
-            sinks: list[Callable[[Record], None]] = [
-                stopping.observe,
-                stack.enter_context(heartbeat(lambda: stopping.seconds)),
-            ]
+            sinks: list[Callable[[Record], None]] = [stopping.observe, stack.enter_context(heartbeat(stopping.seconds))]
             if ranks.is_first:
                 metrics = stack.enter_context(MetricsFile(self.folder.metrics))
                 parameters = assembly.parameters_of(self.config, surgeon.model, updater)
@@ -415,14 +407,8 @@ class Pretraining:
                 saver.wait()
             saver.finish()
             if ranks.is_first:
-                self._keep(stopping)
+                stopping.keep(self.folder)
             return outcome
-
-    def _keep(self, stopping: StoppingTime) -> None:
-        try:
-            self.folder.write_json(STOPPING, stopping.to_json())
-        except RunFolderError as error:  # the next process measures anew
-            logger.warning("%s", error)
 
     def _title(self, total_steps: int, parameters: Parameters) -> list[str]:
         size = f"{parameters.total / 1e6:.1f} M parameters, {parameters.active / 1e6:.1f} M active"

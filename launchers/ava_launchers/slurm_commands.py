@@ -55,12 +55,14 @@ def states(job_ids: Iterable[str]) -> dict[str, str]:
         return {}
     whole = _whole(wanted)
     found = _in_queue(whole)
-    for missing in sorted(_whole(wanted - set(found))) if len(whole) > 1 else []:  # one that is unknown hides all
+    for missing in sorted(whole - _whole(found)) if len(whole) > 1 else []:  # one that is unknown hides all
         found |= _in_queue({missing})
-    if (ended := _whole(wanted - set(found))) and shutil.which("sacct"):
+    if (ended := whole - _whole(found)) and shutil.which("sacct"):
         jobs = f"--jobs={','.join(sorted(ended))}"
         found |= _read(["sacct", "--noheader", "--allocations", "--parsable2", "--format=JobID,State", jobs])
-    return {job_id: state for job_id, state in found.items() if job_id in wanted}
+    # Jobs of an array that were cancelled before they began have its name.
+    states_of = {job_id: found.get(job_id, found.get(job_id.partition("_")[0])) for job_id in wanted}
+    return {job_id: state for job_id, state in states_of.items() if state is not None}
 
 
 def _whole(job_ids: Iterable[str]) -> set[str]:

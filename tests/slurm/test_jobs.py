@@ -111,7 +111,7 @@ if "RANK" in os.environ:
         time.sleep(0.5)
         fsync(file)
     def slow_write_text(path, *arguments, **keywords):
-        time.sleep(0.15 * path.name.startswith("rank_"))  # after each step: the heartbeat
+        time.sleep(0.2 * path.name.startswith("rank_"))  # after each step: the heartbeat
         return write_text(path, *arguments, **keywords)
     os.fsync, pathlib.Path.write_text = slow_fsync, slow_write_text
 """
@@ -126,6 +126,7 @@ def test_a_job_out_of_time_stops_as_early_as_its_slow_saves_need_and_goes_on_bit
     job_id = cluster.submit(
         *overrides,
         "launcher.time_limit_minutes=1",
+        "launcher.warning_s=30",
         "+launcher.sbatch_parameters.signal=CONT@1",
         PYTHONPATH=f"{slow}:{os.environ.get('PYTHONPATH', '')}",
     )

@@ -365,6 +365,8 @@ def test_the_jobs_of_an_array_are_told_apart(script: Script, tmp_path: Path) -> 
     script("squeue", f"echo \"$@\" >>{tmp_path}/asked; echo '7_0|RUNNING'; echo '7_[1-2,5%2]|PENDING'")
     found = slurm_commands.states([f"7_{index}" for index in range(5)])
     assert found == {"7_0": "RUNNING", "7_1": "PENDING", "7_2": "PENDING"}
+    script("squeue", "echo '7|CANCELLED'; echo '7_0|COMPLETED'")
+    assert slurm_commands.states(["7_0", "7_1"]) == {"7_0": "COMPLETED", "7_1": "CANCELLED"}
     assert "--jobs=7\n" in (tmp_path / "asked").read_text()
 
 

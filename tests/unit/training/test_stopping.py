@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ava_exp.tracking.folder import RunFolder
 from ava_exp.training import saver as saver_module
 from ava_exp.training.checkpoint import Snapshot, write_checkpoint
 from ava_exp.training.saver import CheckpointSaver
@@ -23,10 +24,10 @@ def test_it_is_the_longest_step_and_the_longest_save() -> None:
     for record in [*records(9.0, 10.0, 13.0, 14.0), {"kind": "eval", "step": 4, "elapsed_s": 99.0}]:
         stopping.observe(record)
     assert stopping.step_s == 3.0, "the first one warms up"
-    assert stopping.seconds == 0.0, "nobody knows yet what a save takes"
+    assert stopping.seconds() == 0.0, "nobody knows yet what a save takes"
     stopping.saved(5.0)
     stopping.saved(2.0)
-    assert stopping.seconds == SAFETY * (3.0 + 5.0)
+    assert stopping.seconds() == SAFETY * (3.0 + 5.0)
 
 
 def test_a_record_may_stand_for_several_steps() -> None:
@@ -36,10 +37,15 @@ def test_a_record_may_stand_for_several_steps() -> None:
     assert stopping.step_s == 1.0
 
 
-def test_the_next_process_knows_what_earlier_ones_measured() -> None:
-    stopping = StoppingTime({"step_s": 3.0, "save_s": 5.0})
-    stopping.saved(1.0)
-    assert (StoppingTime(stopping.to_json()).seconds, stopping.save_s) == (12.0, 5.0)
+def test_the_next_process_knows_what_earlier_ones_measured(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = RunFolder(tmp_path)
+    stopping = StoppingTime(folder)
+    stopping.step_s = 3.0
+    stopping.saved(5.0)
+    stopping.keep(folder)
+    assert StoppingTime(folder).seconds() == 12.0
+    stopping.keep(RunFolder(tmp_path / "nowhere"))
+    assert "cannot be written" in caplog.text, "and the run ends all the same"
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
