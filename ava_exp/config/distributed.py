@@ -30,6 +30,11 @@ class Backend(Enum):
             return 3
         return int(self.value[4]) if self.value.startswith("zero") else None
 
+    @property
+    def cuts_weights(self) -> bool:
+        """Whether a rank has the weights of a layer only while it computes it."""
+        return self is Backend.fsdp2 or self.zero_stage == 3
+
 
 class GradientCompression(Enum):
     """How gradients travel from rank to rank: as they are, in 16 bits, or as products of narrow matrices."""

@@ -188,11 +188,29 @@ def _copies_alone_are_compressed(config: RunConfig) -> Iterator[Fault]:
 
 
 def _what_is_cut_is_as_it_is(config: RunConfig) -> Iterator[Fault]:
-    if config.distributed.backend is Backend.fsdp2:
+    backend = config.distributed.backend
+    if backend.cuts_weights:
         mend = "`distributed=ddp` goes with it."
         for key in ("compile", "offload_activations"):
             if getattr(config.training, key):
-                yield error(f"training.{key}", "false with `distributed=fsdp2`", True, mend)
+                yield error(f"training.{key}", f"false with `distributed={backend.value}`", True, mend)
+
+
+def _deepspeed_keeps_masters(config: RunConfig) -> Iterator[Fault]:
+    precision, backend = config.precision.training, config.distributed.backend
+    if backend.zero_stage and precision in (Precision.bf16, Precision.fp16):
+        mend = "DeepSpeed keeps fp32 masters; `distributed=zero0` and `distributed=ddp` do without."
+        expected = f"`fp32`, `mixed_{precision.value}` or `auto` with `distributed={backend.value}`"
+        yield error("precision.training", expected, precision.value, mend)
+
+
+def _a_disk_is_where_it_is_needed(config: RunConfig) -> Iterator[Fault]:
+    path, backend = config.distributed.nvme_path, config.distributed.backend
+    if (backend is Backend.zero_infinity) != (path is not None):
+        is_needed = path is None
+        expected = "a folder on a fast disk" if is_needed else f"null with `distributed={backend.value}`"
+        mend = "" if is_needed else "`distributed=zero_infinity` keeps weights there."
+        yield error("distributed.nvme_path", expected, path, mend)
 
 
 def _compiled_blocks_are_recomputed_whole(config: RunConfig) -> Iterator[Fault]:
@@ -244,6 +262,8 @@ RULES: tuple[Rule, ...] = (
     _experts_divide_among_ranks,
     _copies_alone_are_compressed,
     _what_is_cut_is_as_it_is,
+    _deepspeed_keeps_masters,
+    _a_disk_is_where_it_is_needed,
     _nodes_are_shared_by_training,
     _single_is_one_task,
     _the_warning_comes_before_the_end,

@@ -100,6 +100,14 @@ class Ranks:
             dist.barrier(group=self.control)
 
     @contextmanager
+    def draw_alike(self) -> Iterator[None]:
+        """Let what is drawn inside be the same on all ranks, and this rank's generators stand where they stood."""
+        seed = self.from_first(int(torch.randint(2**31, ())))
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            yield
+
+    @contextmanager
     def first_goes_first(self) -> Iterator[None]:
         """Let the first rank do what is inside alone, and then the others, who find what it left."""
         if not self.is_first:

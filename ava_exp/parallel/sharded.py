@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from ava_exp.models.decoder import Decoder
+from ava_exp.optim.elementwise import require_elementwise
 from ava_exp.optim.update import Updater
 from ava_exp.parallel.ranks import Ranks
 from ava_exp.parallel.strategy import Alone
@@ -51,6 +52,7 @@ class ShardedUpdater(Updater):
     def __init__(self, model: Decoder, *arguments: Any, ranks: Ranks, **settings: Any) -> None:
         self.ranks = ranks
         super().__init__(model, *arguments, **settings)
+        require_elementwise(self.optimizer, ranks.backend.value)
         assert not self.wide, "what is cut is held in fp32, and computed with in 16 bits"
 
     def _held(self) -> dict[str, Tensor]:

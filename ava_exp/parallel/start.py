@@ -107,7 +107,7 @@ def _accelerator_with_deepspeed(device: DeviceType, distributed: DistributedConf
 
 
 def find_device(hardware: HardwareConfig) -> DeviceType:
-    """Return the kind of device asked for, else what is here. Raises ConfigError for a TPU without its library."""
+    """Return the kind of device that is asked for, else what is here. Raises ConfigError where a TPU has no library."""
     if hardware.device is DeviceType.tpu and not is_torch_xla_available():
         raise ConfigError(
             f"hardware={hardware.name} needs torch_xla, which is not installed here: install the version of it that "

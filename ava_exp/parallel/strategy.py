@@ -88,7 +88,7 @@ class DataParallel(Alone):
         self._master_of = {parameter: updater.weights[name] for name, parameter in self._parameters.items()}
         self._num_added = 0
         objective.register_comm_hook(None, self._add_up)
-        updater.draw = self._draw_alike
+        updater.draw = self.ranks.draw_alike
 
     @contextmanager
     def accumulate(self, is_last: bool) -> Iterator[None]:
@@ -163,14 +163,6 @@ class DataParallel(Alone):
         assert work is not None
         added: torch.futures.Future[Tensor] = work.get_future().then(keep)
         return added
-
-    @contextmanager
-    def _draw_alike(self) -> Iterator[None]:
-        """Let what is drawn inside be the same on all ranks, and this rank's generators stand where they stood."""
-        seed = self.ranks.from_first(int(torch.randint(2**31, ())))
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            yield
 
 
 def _bits(weight: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from ava_exp.config.distributed import Backend, DistributedConfig
 from ava_exp.config.machine import DeviceType
 from ava_exp.errors import ConfigError
 from ava_exp.models.decoder import Decoder
+from ava_exp.optim.elementwise import require_elementwise
 from ava_exp.optim.update import Updater
 from ava_exp.parallel.ranks import Ranks
 from ava_exp.parallel.strategy import Alone
@@ -119,11 +120,12 @@ class ZeroUpdater(Updater):
         self, model: nn.Module, *arguments: Any, engine_of: EngineOf, ranks: Ranks, device: torch.device, **options: Any
     ) -> None:
         super().__init__(model, *arguments, **options)
+        require_elementwise(self.optimizer, ranks.backend.value)
         assert not self.wide and self.stand_ins is None, "DeepSpeed has masters of its own"
         self.ranks, self.device = ranks, device
         self.holds_model = ranks.backend.zero_stage != 3
-        if not self.holds_model and isinstance(model, Decoder):
-            _gather_by_block(model)
+        if not self.holds_model:
+            _cut(model, device)
         self.engine = engine_of(self.optimizer)
         self.zero = self.engine.optimizer
         if not self.holds_model and isinstance(model, Decoder):
@@ -220,6 +222,19 @@ def _part_of_cut(parameter: nn.Parameter, zero: Any, group: dict[str, Any], rank
     return Part(start, min(number, size - start), zero.fp32_partitioned_groups_flat[index], offset)
 
 
+def _cut(model: nn.Module, device: torch.device) -> None:
+    """Cut the weights of a model over the ranks, one by one: the device need not hold the whole, wherever it is."""
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    config, dtype = Accelerator().state.deepspeed_plugin.deepspeed_config, next(model.parameters()).dtype
+    kept_at = config["zero_optimization"].get("offload_param", {}).get("device")
+    Init(module=model, dtype=dtype, config_dict_or_path=config, remote_device=kept_at)
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(device)
+    if isinstance(model, Decoder):
+        _gather_by_block(model)
+
+
 def _gather_by_block(model: Decoder) -> None:
     """Let stage 3 put whole blocks together, whatever they do inside: ranks may differ in what they skip of one."""
     from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
@@ -250,7 +265,22 @@ class Zero(Alone):
         yield
 
     def backward(self, loss: Tensor) -> None:
+        if self.updater.holds_model:
+            loss.register_hook(self._require_all_weights)  # type: ignore[no-untyped-call]
         self.updater.engine.backward(loss, scale_wrt_gas=False)
+
+    def _require_all_weights(self, _: Tensor) -> None:
+        """Stages 1 and 2 add gradients up in the order in which they come: without one, others would get mixed up."""
+        from deepspeed.runtime.utils import count_used_parameters_in_backward
+
+        parameters = self.updater.model_parameters
+        if count_used_parameters_in_backward(parameters.values()) < len(parameters):
+            idle = [name for name, each in parameters.items() if not count_used_parameters_in_backward([each])]
+            name = self.ranks.backend.value
+            raise ConfigError(
+                f"with `distributed={name}` all weights must take part in a micro-batch, but {', '.join(idle[:3])} did "
+                "not: longer or more sequences in a micro-batch help, as `distributed=zero3` does."
+            )
 
     def verify(self) -> None:
         whole = self.updater.model_parameters if self.updater.holds_model else {}
@@ -263,18 +293,24 @@ class ZeroCopies(Alone):
     def __init__(self, engine: Any, updater: Updater, ranks: Ranks) -> None:
         super().__init__(engine, updater)
         self.ranks, self._engine = ranks, engine
-        self._engine.set_gradient_accumulation_boundary(False)  # nothing of its own accord
+        engine.set_gradient_accumulation_boundary(False)  # nothing of its own accord
+        updater.draw = ranks.draw_alike
 
     @contextmanager
     def accumulate(self, is_last: bool) -> Iterator[None]:
         yield
         self.updater.collect_gradients()
         if is_last:
-            weights = self.updater.weights.values()
-            for weight in weights:
-                if weight.grad is None:
-                    weight.grad = torch.zeros_like(weight)
-            self._engine.buffered_allreduce_fallback(grads=[weight.grad for weight in weights])
+            self._add_up()
+
+    def _add_up(self) -> None:
+        weights = list(self.updater.weights.values())
+        is_used = self.ranks.largest([weight.grad is not None for weight in weights])
+        used = [weight for weight, by_any in zip(weights, is_used, strict=True) if by_any]
+        for weight in used:
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+        self._engine.buffered_allreduce_fallback(grads=[weight.grad for weight in used])
 
     def backward(self, loss: Tensor) -> None:
         self._engine.backward(loss, scale_wrt_gas=False)

@@ -55,12 +55,15 @@ def prepare(config: RunConfig, tell: Callable[[str], None]) -> PreparedData:
     return data
 
 
-def build_decoder(config: RunConfig, runtime: Runtime, precision: Precision | None = None) -> Decoder:
-    """Build the model on the run's device, in the format that `precision` (or the run's own) computes in."""
+def build_decoder(
+    config: RunConfig, runtime: Runtime, precision: Precision | None = None, device: torch.device | None = None
+) -> Decoder:
+    """Build the model on the run's device or another one, in the format that `precision` (or the run's own) computes
+    in."""
     return build_model(
         config.architecture,
         seed=config.seed,
-        device=runtime.device,
+        device=device or runtime.device,
         dtype=DTYPES[precision or runtime.precision],
     )
 
@@ -69,8 +72,10 @@ def build_trained_decoder(config: RunConfig, runtime: Runtime) -> Decoder:
     """Build the model as it is trained. Raises ConfigError where the device cannot do what `training` asks for."""
     training = config.training
     raise_if_fatal(offload_faults(DeviceType(runtime.resolution.device), training.offload_activations))
-    is_sharded = runtime.ranks.backend is Backend.fsdp2
-    model = build_decoder(config, runtime, Precision.fp32 if is_sharded and runtime.mixed else None)
+    backend = runtime.ranks.backend
+    precision = Precision.fp32 if backend is Backend.fsdp2 and runtime.mixed else None
+    device = torch.device("cpu") if backend.zero_stage == 3 else None  # which may hold what ranks have parts of
+    model = build_decoder(config, runtime, precision, device)
     runtime.shard(model)
     model.recompute, model.offload_activations = training.recompute, training.offload_activations
     if training.compile:

@@ -26,6 +26,12 @@ def joined() -> Ranks:
     return start.join_ranks(DistributedConfig(backend=Backend.ddp, expert_parallel=2, timeout_s=60), CPU)
 
 
+def wrapped(model: nn.Module) -> nn.parallel.DistributedDataParallel:
+    wrapped = start.wrap(start.make_accelerator(DeviceType.cpu), model)
+    assert isinstance(wrapped, nn.parallel.DistributedDataParallel)
+    return wrapped
+
+
 def values(ranks: Ranks) -> None:
     """Plain values and tensors of several formats."""
     number = ranks.rank + 1
@@ -42,9 +48,7 @@ def masters(ranks: Ranks) -> None:
     torch.manual_seed(0)
     model = nn.Linear(8, 4, bias=False).bfloat16()
     updater = Updater(model, lambda groups: torch.optim.SGD(groups, lr=1.0), weight_decay=0, master_weights=True)
-    wrapped = start.wrap(start.make_accelerator(DeviceType.cpu), model)
-    assert isinstance(wrapped, nn.parallel.DistributedDataParallel)
-    strategy = DataParallel(wrapped, updater, ranks)
+    strategy = DataParallel(wrapped(model), updater, ranks)
     inputs = torch.randn(3, ranks.num_ranks, 5, 8).bfloat16()
     for number, own in enumerate(inputs[:, ranks.rank], start=1):
         with strategy.accumulate(is_last=number == 3):
@@ -61,9 +65,7 @@ def drift(ranks: Ranks) -> None:
     """Weights that part are noticed."""
     model = nn.Linear(8, 4, bias=False)
     updater = Updater(model, lambda groups: torch.optim.SGD(groups, lr=1.0), weight_decay=0, master_weights=False)
-    wrapped = start.wrap(start.make_accelerator(DeviceType.cpu), model)
-    assert isinstance(wrapped, nn.parallel.DistributedDataParallel)
-    strategy = DataParallel(wrapped, updater, ranks)
+    strategy = DataParallel(wrapped(model), updater, ranks)
     strategy.verify()
     if ranks.rank == 1:
         model.weight.data[2, 3] += 2**-20
