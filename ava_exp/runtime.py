@@ -138,25 +138,31 @@ class Runtime:
         if isinstance(updater, ExpertParallelUpdater):
             return ExpertParallel(wrapped, updater, self.ranks, model)
         compression = build_compression(distributed or DistributedConfig(), updater.weights, self.ranks)
-        return DataParallel(wrapped, updater, self.ranks, compression=compression)
+        return DataParallel(wrapped, updater, self.ranks, compression)
 
 
 @contextmanager
-def heartbeat() -> Iterator[Callable[[object], None]]:
+def heartbeat(stopping_s: Callable[[], float]) -> Iterator[Callable[[object], None]]:
     """Yield what is to be called after every step, for the launcher that watches over this process, if one does.
 
-    It touches the file that `AVA_EXP_HEARTBEAT` names, which is gone when the steps are over. From now on SIGQUIT makes
-    a process that is watched write the stacks of its threads to standard error.
+    It writes `stopping_s()`, how long stopping would take now, into the file that `AVA_EXP_HEARTBEAT` names, which is
+    gone when the steps are over. From now on SIGQUIT makes a process that is watched write the stacks of its threads to
+    standard error.
     """
     path = os.environ.get("AVA_EXP_HEARTBEAT")
     if path is None:
         yield lambda record: None
         return
     faulthandler.register(signal.SIGQUIT)
+    file = Path(path)
+
+    def beat(record: object) -> None:
+        file.write_text(f"{stopping_s():.3f}")
+
     try:
-        yield lambda record: Path(path).touch()
+        yield beat
     finally:
-        Path(path).unlink(missing_ok=True)
+        file.unlink(missing_ok=True)
 
 
 def open_runtime(

@@ -18,8 +18,9 @@ from ava_exp.config.launcher import SlurmLauncherConfig
 from ava_exp.config.machine import Precision
 from ava_exp.config.mod import DepthConfig
 from ava_exp.config.model import MoEConfig
+from ava_exp.config.pipeline import pipeline_faults
 from ava_exp.config.run import RunConfig
-from ava_exp.config.stage import GenerateConfig, PlanConfig, SurgeryConfig
+from ava_exp.config.stage import GenerateConfig, PipelineStageConfig, PlanConfig, SurgeryConfig
 from ava_exp.config.surgery import faults_of
 from ava_exp.config.sweep import sweep_faults
 from ava_exp.config.training import AdamWConfig, Recompute, WSDConfig
@@ -86,6 +87,15 @@ def _surgery_is_whole(config: RunConfig) -> Iterator[Fault]:
     if isinstance(config.stage, SurgeryConfig):
         for name, expected, value in faults_of(config.stage):
             yield error(f"stage.{name}", expected, value)
+
+
+def _pipeline_is_whole(config: RunConfig) -> Iterator[Fault]:
+    for key, expected, value in pipeline_faults(config.pipeline):
+        yield error(key, expected, value)
+    if isinstance(config.stage, PipelineStageConfig) and not config.pipeline.steps:
+        yield error("pipeline.steps", "at least one step; `pipeline=NAME` chooses some", {})
+    if config.pipeline.steps and config.stage.computes:
+        yield error("stage", "pipeline with `pipeline.steps`", config.stage.name)
 
 
 def _generation_is_whole(config: RunConfig) -> Iterator[Fault]:
@@ -173,7 +183,8 @@ def _copies_alone_are_compressed(config: RunConfig) -> Iterator[Fault]:
         expected = f"`none` with `distributed={backend.value}`"
         yield error("distributed.gradient_compression", expected, compression.value, "`distributed=ddp` goes with it.")
     if compression is not GradientCompression.none and config.distributed.expert_parallel > 1:
-        yield error("distributed.gradient_compression", "`none` with `distributed.expert_parallel`", compression.value)
+        expected = "`none` with `distributed.expert_parallel`"
+        yield error("distributed.gradient_compression", expected, compression.value, "Tokens travel as they are.")
 
 
 def _what_is_cut_is_as_it_is(config: RunConfig) -> Iterator[Fault]:
@@ -239,6 +250,7 @@ RULES: tuple[Rule, ...] = (
     _vocabulary_holds_the_tokens,
     _betas_are_two_ratios,
     _surgery_is_whole,
+    _pipeline_is_whole,
     _generation_is_whole,
     _speculation_is_of_one_text,
     _schedule_fits,

@@ -51,8 +51,7 @@ def leave_alone(objective: nn.Module, divided: list[str]) -> None:
 class ExpertParallelUpdater(Updater):
     """Updates all weights but those of experts that other ranks hold."""
 
-    is_sharded = True
-    holds_model = False
+    is_sharded, holds_model = True, False
 
     def __init__(self, model: Decoder, *arguments: Any, experts: ExpertRanks, **settings: Any) -> None:
         self.experts, self.divided = experts, divided_weights(model)
@@ -110,5 +109,5 @@ class ExpertParallel(DataParallel):
     def verify(self) -> None:
         """Raise RuntimeError unless ranks agree on what they should have alike."""
         weights, divided = self.updater.weights, self.updater.divided
-        self._verify_alike({n: w for n, w in weights.items() if n not in divided} | self.updater.buffers, self.ranks)
+        self._verify_alike({n: w for n, w in weights.items() if n not in divided} | self.updater.buffers)
         self._verify_alike({name: weights[name] for name in divided}, self._same)

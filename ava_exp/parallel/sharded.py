@@ -110,7 +110,7 @@ class FullySharded(Alone):
 
     def verify(self) -> None:
         """Raise RuntimeError unless the ranks agree on what is not cut."""
-        self._verify_alike(self.updater.buffers, self.ranks)
+        self._verify_alike(self.updater.buffers)
 
 
 def _placement(parameter: nn.Parameter, num_ranks: int) -> Shard:

@@ -37,7 +37,7 @@ class Alone:
         self.updater.collect_gradients()
 
     def record(self) -> dict[str, float]:
-        """Return what is to be known of what ranks sent in the last step; nothing, where that is as usual."""
+        """Return what is to be known of how the last step's gradients travelled; nothing, where they did as usual."""
         return {}
 
     def kept(self) -> dict[str, Tensor]:
@@ -50,7 +50,8 @@ class Alone:
     def verify(self) -> None:
         """Raise RuntimeError unless the ranks agree on all weights. One is always of one mind."""
 
-    def _verify_alike(self, tensors: dict[str, Tensor], ranks: Ranks) -> None:
+    def _verify_alike(self, tensors: dict[str, Tensor], among: Ranks | None = None) -> None:
+        ranks = among or self.ranks
         if not tensors:
             return
         own = torch.stack([_bits(tensor) for tensor in tensors.values()]).tolist()
@@ -75,8 +76,8 @@ class DataParallel(Alone):
         objective: DistributedDataParallel,
         updater: Updater,
         ranks: Ranks,
-        own: Collection[str] = (),
         compression: torch.dtype | LowRankSums | None = None,
+        own: Collection[str] = (),
     ) -> None:
         """`own` names the weights that this rank has for itself, of which the module knows, too."""
         super().__init__(objective, updater)
@@ -126,7 +127,7 @@ class DataParallel(Alone):
             self.compression.load_state(kept)
 
     def verify(self) -> None:
-        self._verify_alike(self.updater.weights | self.updater.buffers, self.ranks)
+        self._verify_alike(self.updater.weights | self.updater.buffers)
 
     def _add_up(self, state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
         """Add up a bucket of gradients over the ranks: the masters', where there are masters, else the weights' own."""

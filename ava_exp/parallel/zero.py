@@ -284,7 +284,7 @@ class Zero(Alone):
 
     def verify(self) -> None:
         whole = self.updater.model_parameters if self.updater.holds_model else {}
-        self._verify_alike({**whole, **self.updater.buffers}, self.ranks)
+        self._verify_alike({**whole, **self.updater.buffers})
 
 
 class ZeroCopies(Alone):
@@ -316,7 +316,7 @@ class ZeroCopies(Alone):
         self._engine.backward(loss, scale_wrt_gas=False)
 
     def verify(self) -> None:
-        self._verify_alike(self.updater.weights | self.updater.buffers, self.ranks)
+        self._verify_alike(self.updater.weights | self.updater.buffers)
 
 
 def probe(accelerator: Accelerator, ranks: Ranks) -> None:

@@ -107,15 +107,15 @@ def build_updater(config: RunConfig, runtime: Runtime, model: Decoder) -> Update
         dynamic=fp16,
     )
     ranks, stage = runtime.ranks, runtime.ranks.backend.zero_stage
-    build: Callable[..., Updater] = Updater
+    updater: Callable[..., Updater] = Updater
     if ranks.backend is Backend.fsdp2:
-        build = partial(ShardedUpdater, ranks=ranks)
+        updater = partial(ShardedUpdater, ranks=ranks)
     elif stage:
         start = partial(runtime.start_engine, Objective(model, build_terms(config), ranks))
-        build = partial(ZeroUpdater, engine_of=start, ranks=ranks, device=runtime.device)
+        updater = partial(ZeroUpdater, engine_of=start, ranks=ranks, device=runtime.device)
     elif ranks.experts is not None:
-        build = partial(ExpertParallelUpdater, experts=ranks.experts)
-    return build(
+        updater = partial(ExpertParallelUpdater, experts=ranks.experts)
+    return updater(
         model,
         lambda groups: config.optimizer.build(groups=groups),
         weight_decay=config.optimizer.weight_decay,

@@ -41,6 +41,7 @@ from ava_exp.stages.runs import (
     recorded_initial_weights,
     with_initial_weights,
 )
+from ava_exp.stages.steps import announce
 from ava_exp.tracking.folder import RunFolder
 from ava_exp.tracking.lock import RunLock
 from ava_exp.tracking.logs import RecordLog, configure_logging
@@ -69,6 +70,7 @@ from ava_exp.training.saver import (
 )
 from ava_exp.training.signals import SignalRequests
 from ava_exp.training.state import TrainState
+from ava_exp.training.stopping import StoppingTime
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +113,7 @@ def train(
         if ranks.is_first:
             if initial is not None and recorded_initial_weights(folder) is None:
                 folder.write_json(INITIAL, initial.record())  # before `latest` leads here
-            folder.point_latest(Path(config.output_dir))
+            announce(config, folder)
             forget_failure(folder)
         try:
             return Pretraining(config, folder, requests, initial, measure, ranks).run()
@@ -358,12 +360,14 @@ class Pretraining:
         total_steps: int,
     ) -> Outcome:
         settings, ranks = self.config.checkpoint, self.ranks
+        stopping = StoppingTime(self.folder if ranks.is_first else None)
+        num_best, asynchronous = settings.save_total_limit, settings.asynchronous
         saver = CheckpointSaver(
-            self.folder.checkpoints, num_best=settings.save_total_limit, asynchronous=settings.asynchronous
+            self.folder.checkpoints, num_best=num_best, asynchronous=asynchronous, saved=stopping.saved
         )
         extra = {"fingerprints": assembly.fingerprints(data), "run": self.folder.root.name}
         with ExitStack() as stack:
-            sinks: list[Callable[[Record], None]] = [stack.enter_context(heartbeat())]
+            sinks: list[Callable[[Record], None]] = [stopping.observe, stack.enter_context(heartbeat(stopping.seconds))]
             if ranks.is_first:
                 metrics = stack.enter_context(MetricsFile(self.folder.metrics))
                 parameters = assembly.parameters_of(self.config, surgeon.model, updater)
@@ -402,6 +406,8 @@ class Pretraining:
             finally:
                 saver.wait()
             saver.finish()
+            if ranks.is_first:
+                stopping.keep(self.folder)
             return outcome
 
     def _title(self, total_steps: int, parameters: Parameters) -> list[str]:

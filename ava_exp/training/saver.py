@@ -36,8 +36,12 @@ PAUSE_S = 1.0
 class CheckpointSaver:
     """Writes at most one checkpoint at a time; a failed save keeps the older ones and is made up for by the next."""
 
-    def __init__(self, checkpoints: Path, *, num_best: int, asynchronous: bool) -> None:
+    def __init__(
+        self, checkpoints: Path, *, num_best: int, asynchronous: bool, saved: Callable[[float], None] | None = None
+    ) -> None:
+        """`saved` is called with the seconds that each save took."""
         self.checkpoints, self.num_best = checkpoints, num_best
+        self._saved = saved or (lambda seconds: None)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer") if asynchronous else None
         self._writing: Future[None] | None = None
         self._unsaved: tuple[Snapshot, dict[int, float]] | None = None
@@ -84,7 +88,9 @@ class CheckpointSaver:
             logger.error("checkpoint at step %d was not saved: %s. Older ones are kept.", snapshot.step, error)
             return
         self._failures, self._unsaved = 0, None
-        logger.info("checkpoint at step %d saved in %.2f s", snapshot.step, time.monotonic() - started)
+        seconds = time.monotonic() - started
+        self._saved(seconds)
+        logger.info("checkpoint at step %d saved in %.2f s", snapshot.step, seconds)
         try:
             removed = prune_checkpoints(self.checkpoints, evaluations, self.num_best)
             logger.info("checkpoints removed: %s", removed)

@@ -33,7 +33,7 @@ class StepMetrics:
     """By layer with a mixture of heads, how many tokens chose each of the routed ones, (R,) int64."""
     depths: DepthTally = field(default_factory=DepthTally)
     travelled: dict[str, float] = field(default_factory=dict)
-    """What ranks sent one another, where that is not as usual."""
+    """How gradients and tokens travelled between ranks, where that is not as usual."""
 
 
 def train_step(

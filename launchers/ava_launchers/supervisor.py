@@ -50,12 +50,20 @@ class Supervisor:
         places: one for each rank on this machine.
         grace_s: after a failure the others have this long to end by themselves; then they are killed.
         hang_timeout_s: a rank that has finished a step and then none for so long hangs; None is never.
+        time_left_s: the ranks are told to stop so early that a step and a save fit in, by their own measurements.
     """
 
     def __init__(
-        self, command: list[str], places: Sequence[Place], *, grace_s: float, hang_timeout_s: float | None
+        self,
+        command: list[str],
+        places: Sequence[Place],
+        *,
+        grace_s: float,
+        hang_timeout_s: float | None,
+        time_left_s: float | None = None,
     ) -> None:
         self.command, self.places = command, places
+        self._end = None if time_left_s is None else time.monotonic() + time_left_s
         self.grace_s, self.hang_timeout_s = grace_s, hang_timeout_s
         self._stops: set[signal.Signals] = set()
         self._ranks: list[Rank] = []
@@ -105,6 +113,8 @@ class Supervisor:
         if self._deadline is not None and time.monotonic() > self._deadline:
             for rank in self._alive():
                 rank.kill()
+        if self._end is not None and not self._stops:
+            self._warn_in_time(self._end - time.monotonic())
         if signal.SIGUSR2 in self._stops:
             self._remind()
         if self.hang_timeout_s is not None and self._deadline is None:
@@ -125,6 +135,15 @@ class Supervisor:
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
         rest = f" The other {others} on this machine are given {self.grace_s:g} s to end." if others else ""
         tell(f"rank {rank.number} {how}.{rest}")
+
+    def _warn_in_time(self, left_s: float) -> None:
+        """Warn as the cluster does, but as early as this run needs it."""
+        stopping_s = max((rank.stopping_s() for rank in self._alive()), default=0.0)
+        if stopping_s and stopping_s > left_s - LOOK_EVERY_S:
+            tell(
+                f"{left_s:.0f} s of the job's time are left, and stopping takes up to {stopping_s:.0f} s: stopping now."
+            )
+            self._stops.add(signal.SIGUSR2)
 
     def _remind(self) -> None:
         """Repeat SIGUSR2, which a rank that is still starting ignores."""

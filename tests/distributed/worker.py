@@ -1,4 +1,4 @@
-"""What ranks do in the tests of this folder, one after another: `python -m tests.distributed.worker`."""
+"""What ranks do in `test_strategy`, one after another: `python -m tests.distributed.worker`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CPU = HardwareConfig(name="cpu", device=DeviceType.cpu, num_devices=2)
 
 
 def joined() -> Ranks:
-    return start.join_ranks(DistributedConfig(backend=Backend.ddp, timeout_s=60), CPU)
+    return start.join_ranks(DistributedConfig(backend=Backend.ddp, expert_parallel=2, timeout_s=60), CPU)
 
 
 def wrapped(model: nn.Module) -> nn.parallel.DistributedDataParallel:
@@ -37,7 +37,6 @@ def values(ranks: Ranks) -> None:
     number = ranks.rank + 1
     assert ranks.sums([number, 10 * number]) == [3, 30] and ranks.largest([-number, number]) == [-1, 2]
     assert ranks.from_first({"rank": ranks.rank}) == {"rank": 0} and ranks.gather(ranks.rank) == [0, 1]
-    assert ranks.gather_at_first(ranks.rank) == ([0, 1] if ranks.is_first else [])
     given = [torch.full((2, 2), number), torch.tensor(0.5 * number), torch.tensor([number]), torch.zeros(0)]
     whole, half, one, none = ranks.add_up(given)
     assert torch.equal(whole, torch.full((2, 2), 3)) and half.item() == 1.5 and one.tolist() == [3]
@@ -78,9 +77,8 @@ def drift(ranks: Ranks) -> None:
         raise AssertionError("nobody noticed")
 
 
-def experts() -> None:
+def experts(ranks: Ranks) -> None:
     """Half of the experts on each of two ranks do for the tokens of both what all of them do on one."""
-    ranks = start.join_ranks(DistributedConfig(expert_parallel=2, timeout_s=60), CPU)
     assert ranks.experts is not None and ranks.experts.others.num_ranks == 2 and ranks.experts.same.num_ranks == 1
     group = ranks.experts.others.group
     assert group is not None
@@ -136,7 +134,7 @@ def _compare_experts(ranks: Ranks, ids: list[Tensor], ragged: bool, extra: dict[
 
 def no_synchronisation() -> None:
     """A library that leaves gradients alone is found out before the first step."""
-    start.wrap = lambda accelerator, module: module
+    start.wrap = lambda accelerator, module: module  # type: ignore[assignment]
     try:
         joined()
     except RuntimeError as error:
@@ -146,10 +144,9 @@ def no_synchronisation() -> None:
 
 
 if __name__ == "__main__":
-    met = joined()
-    for check in (values, masters, drift):
-        check(met)
-    experts()
+    everybody = joined()
+    for do in (values, masters, drift, experts):
+        do(everybody)
     no_synchronisation()
-    start.leave_ranks(met)
+    start.leave_ranks(everybody)
     print("done")

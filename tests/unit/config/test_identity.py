@@ -72,6 +72,7 @@ def test_identity_does_not_depend_on_how_the_run_was_written_down() -> None:
         "stage=evaluate",
         "tracker=none",
         "sweep=learning_rate",
+        "pipeline=longer_texts",
         "hardware=h100",
         "launcher=slurm",
         "resume=never",

@@ -59,6 +59,10 @@ def test_the_default_run_has_no_faults() -> None:
         (["hardware.num_devices=2", "distributed.expert_parallel=4"], "distributed.expert_parallel"),
         (["hardware=4xh100", "sparsity=dense", "distributed.expert_parallel=2"], "distributed.expert_parallel"),
         (["hardware=4xh100", "distributed=fsdp2", "distributed.expert_parallel=2"], "distributed.backend"),
+        (
+            ["hardware=4xh100", "distributed.expert_parallel=2", "distributed.gradient_compression=bf16"],
+            "distributed.gradient_compression",
+        ),
         (["hardware=4xh100", "distributed=fsdp2", "training.offload_activations=true"], "training.offload_activations"),
         (["model.rope_scaling=linear"], "model.rope_scaling_factor"),
         (["model.rope_scaling_factor=2"], "model.rope_scaling_factor"),
