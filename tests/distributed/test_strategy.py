@@ -7,7 +7,7 @@ import pytest
 from tests.distributed.ranks import start_ranks
 
 
-@pytest.mark.parametrize("name", ["values", "masters", "drift", "no_synchronisation"])
+@pytest.mark.parametrize("name", ["values", "masters", "drift", "no_synchronisation", "idle", "shapes"])
 def test_of_two_ranks(name: str) -> None:
     ended = start_ranks(2, [name], module="tests.distributed.worker").wait(120)
     assert ended.codes == [0, 0], str(ended)

@@ -31,8 +31,8 @@ LAYERS = (
 
 ONLY_IN = {
     "mlflow": "ava_exp/tracking/",
-    "accelerate": "ava_exp/runtime.py",
-    "deepspeed": "ava_exp/runtime.py",
+    "accelerate": ("ava_exp/runtime.py", "ava_exp/parallel/start.py", "ava_exp/parallel/zero.py"),
+    "deepspeed": "ava_exp/parallel/zero.py",
     "submitit": "launchers/",
 }
 """Where a library may be imported; nowhere else."""
@@ -40,6 +40,7 @@ ONLY_IN = {
 MAY_TOUCH_THE_ENVIRONMENT = {
     "ava_exp/runtime.py",
     "ava_exp/cli.py",  # sets HYDRA_FULL_ERROR: Hydra has no other way to be told to raise
+    "ava_exp/parallel/start.py",  # reads a process's place among the others, and tells libraries of it
     "ava_exp/sweeping/start.py",  # gives a point its GPU
     "ava_exp/tracking/mlflow_follower.py",  # sets what MLflow can be told in no other way
     "launchers/ava_launchers/rank.py",  # tells a process its place among the others
@@ -166,6 +167,7 @@ def test_every_part_has_its_layer() -> None:
         (libraries_out_of_place, "ava_exp/training/loop.py", "import mlflow.tracking"),
         (libraries_out_of_place, "ava_exp/training/loop.py", "from accelerate import Accelerator"),
         (libraries_out_of_place, "ava_exp/cli.py", "def f():\n    import submitit"),
+        (libraries_out_of_place, "ava_exp/runtime.py", "def f():\n    import deepspeed"),
         (environment_reads, "ava_exp/data/cache.py", "import os\nos.environ['X']"),
         (environment_reads, "ava_exp/data/cache.py", "from os import environ"),
         (environment_reads, "ava_exp/data/cache.py", "import os\nos.getenv('X')"),
