@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,10 @@ from tests.distributed.group import Command, Fault, run_in_group
 from tests.distributed.test_data_parallel import DETERMINISTIC, TWO, steps_of, weights_of
 from tests.faults.harness import NUM_STEPS, Experiment, observed
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed"),
+]
 
 STAGES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload")
 

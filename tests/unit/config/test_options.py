@@ -24,7 +24,6 @@ def test_option_composes_and_validates(
         "data=files": ["data.paths=[text.txt]"],
         "tokenizer=file": ["tokenizer.path=text.txt"],
         "stage=surgery": ["stage.operation=add_expert"],
-        "distributed=zero_infinity": ["distributed.nvme_path=disk"],
     }
     chosen = f"{group}={option}"
     faults = validate(compose(["~local", chosen, *needed.get(chosen, [])]))

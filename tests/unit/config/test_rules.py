@@ -91,8 +91,6 @@ def test_the_default_run_has_no_faults() -> None:
         (["distributed=zero1", "precision=bf16"], "precision.training"),
         (["distributed=zero2", "precision=bf16", "precision.stochastic_rounding=true"], "precision.training"),
         (["distributed=zero3", "hardware=a100", "precision=fp16"], "precision.training"),
-        (["distributed=zero_infinity"], "distributed.nvme_path"),
-        (["distributed=zero3", "distributed.nvme_path=disk"], "distributed.nvme_path"),
         (["hardware=cpu", "training.offload_activations=true"], "training.offload_activations"),
         (["name=.hidden"], "name"),
         (["name=../up"], "name"),
