@@ -15,9 +15,11 @@ from ava_exp.errors import (
     EXIT_FAILURE,
     EXIT_INTERRUPTED,
     EXIT_OK,
+    EXIT_OTHER_RANK,
     EXIT_RESUMABLE,
     EXIT_USER_ERROR,
     ConfigError,
+    OtherRankError,
     UserError,
 )
 
@@ -171,6 +173,9 @@ def _run_point(config: DictConfig) -> int:
     except UserError as error:
         _complain(str(error))
         return EXIT_USER_ERROR
+    except OtherRankError as error:
+        _complain(str(error))
+        return EXIT_OTHER_RANK
     except Exception:  # noqa: BLE001  (a bug in one point; told in full, and the next point runs)
         traceback.print_exc()
         return EXIT_FAILURE
@@ -178,7 +183,7 @@ def _run_point(config: DictConfig) -> int:
 
 def _validate_and_run(config: DictConfig) -> int:
     from ava_exp.config.compose import to_run_config
-    from ava_exp.config.stage import ValidateConfig
+    from ava_exp.config.stage import PipelineStageConfig, ValidateConfig
     from ava_exp.config.validate import is_blocked, report, validate
 
     run = to_run_config(config)
@@ -188,6 +193,14 @@ def _validate_and_run(config: DictConfig) -> int:
             print(report(faults), file=sys.stderr, flush=True)
         if is_blocked(faults):
             return EXIT_USER_ERROR
+    if isinstance(run.stage, PipelineStageConfig):
+        from ava_exp.pipelines.pipeline import run_pipeline
+
+        return run_pipeline(run, _overrides_of_this_point())
+    if run.pipeline.step is not None:
+        from ava_exp.stages.steps import with_step_runs
+
+        run = with_step_runs(run)
     if run.launcher.takes(run.stage, run.hardware.num_devices) and not _is_rank():
         return int(run.launcher.build().launch(run, _overrides_of_this_point()))
     return int(run.stage.component()(run))

@@ -11,6 +11,8 @@ EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
 EXIT_RESUMABLE = 75
 """A signal stopped the run after its state was saved; the same command goes on (`EX_TEMPFAIL` of sysexits.h)."""
+EXIT_OTHER_RANK = 76
+"""Another rank of the run failed, and this one ended because of it (`EX_PROTOCOL` of sysexits.h)."""
 EXIT_INTERRUPTED = 130
 """Ctrl-C before there was anything to save."""
 
@@ -33,6 +35,10 @@ class CheckpointError(UserError):
 
 class RunFolderError(UserError):
     """A run folder is in use, unwritable or inconsistent."""
+
+
+class OtherRankError(Exception):
+    """Another rank failed, which is told in one line: what happened here is its consequence. Exit code 76."""
 
 
 def must_be(name: str, expected: str, actual: Any, mend: str = "") -> str:

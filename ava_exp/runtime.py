@@ -26,13 +26,15 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ava_exp.config.distributed import Backend
+from ava_exp.config.distributed import Backend, DistributedConfig
 from ava_exp.config.machine import DeviceType, HardwareConfig, Precision, PrecisionConfig
 from ava_exp.config.options import read_option
 from ava_exp.config.validate import precision_faults, raise_if_fatal
 from ava_exp.errors import ConfigError
 from ava_exp.models.decoder import Decoder
 from ava_exp.optim.update import Updater
+from ava_exp.parallel.compression import build_compression
+from ava_exp.parallel.experts import ExpertParallel, ExpertParallelUpdater, divide_experts, leave_alone
 from ava_exp.parallel.ranks import Ranks
 from ava_exp.parallel.sharded import FullySharded, ShardedUpdater, shard
 from ava_exp.parallel.start import find_device, make_accelerator, wrap
@@ -105,7 +107,9 @@ class Runtime:
         self.accelerator.backward(loss)
 
     def shard(self, model: Decoder) -> None:
-        """Cut a model that was just built over the ranks, where the back end does that."""
+        """Cut a model that was just built over the ranks, or its experts, where that was asked for."""
+        if self.ranks.experts is not None:
+            divide_experts(model, self.ranks)
         if self.ranks.backend is Backend.fsdp2:
             shard(model, self.device, self.ranks, self.dtype if self.mixed else None)
 
@@ -113,8 +117,11 @@ class Runtime:
         """Return what DeepSpeed makes of `objective` and the optimizer of its weights."""
         return start_engine(self.accelerator, self.ranks, objective, optimizer)
 
-    def spread(self, objective: nn.Module, updater: Updater, model: Decoder) -> Alone:
-        """Return how the ranks train `objective`, which is of `model`, whose weights `updater` changes, together."""
+    def spread(
+        self, objective: nn.Module, updater: Updater, model: Decoder, distributed: DistributedConfig | None = None
+    ) -> Alone:
+        """Return how the ranks train `objective`, which is of `model`, whose weights `updater` changes, together;
+        `distributed` says whether their gradients are compressed."""
         if self.ranks.backend is Backend.single:
             return Alone(objective, updater)
         if isinstance(updater, ShardedUpdater):
@@ -123,28 +130,39 @@ class Runtime:
             return Zero(updater)
         if self.ranks.backend is Backend.zero0:
             return ZeroCopies(self.start_engine(objective, updater.optimizer), updater, self.ranks)
+        if isinstance(updater, ExpertParallelUpdater):
+            leave_alone(objective, updater.divided)
         wrapped = wrap(self.accelerator, objective)
         if not isinstance(wrapped, nn.parallel.DistributedDataParallel):
             raise RuntimeError(f"`distributed=ddp` was asked for, but the model became a {type(wrapped).__name__}")
-        return DataParallel(wrapped, updater, self.ranks)
+        if isinstance(updater, ExpertParallelUpdater):
+            return ExpertParallel(wrapped, updater, self.ranks, model)
+        compression = build_compression(distributed or DistributedConfig(), updater.weights, self.ranks)
+        return DataParallel(wrapped, updater, self.ranks, compression)
 
 
 @contextmanager
-def heartbeat() -> Iterator[Callable[[object], None]]:
+def heartbeat(stopping_s: Callable[[], float]) -> Iterator[Callable[[object], None]]:
     """Yield what is to be called after every step, for the launcher that watches over this process, if one does.
 
-    It touches the file that `AVA_EXP_HEARTBEAT` names, which is gone when the steps are over. From now on SIGQUIT makes
-    a process that is watched write the stacks of its threads to standard error.
+    It writes `stopping_s()`, how long stopping would take now, into the file that `AVA_EXP_HEARTBEAT` names, which is
+    gone when the steps are over. From now on SIGQUIT makes a process that is watched write the stacks of its threads to
+    standard error.
     """
     path = os.environ.get("AVA_EXP_HEARTBEAT")
     if path is None:
         yield lambda record: None
         return
     faulthandler.register(signal.SIGQUIT)
+    file = Path(path)
+
+    def beat(record: object) -> None:
+        file.write_text(f"{stopping_s():.3f}")
+
     try:
-        yield lambda record: Path(path).touch()
+        yield beat
     finally:
-        Path(path).unlink(missing_ok=True)
+        file.unlink(missing_ok=True)
 
 
 def open_runtime(

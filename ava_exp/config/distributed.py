@@ -33,10 +33,24 @@ class Backend(Enum):
         return self is Backend.fsdp2 or self.zero_stage == 3
 
 
+class GradientCompression(Enum):
+    """How gradients travel from rank to rank: as they are, in 16 bits, or as products of narrow matrices."""
+
+    none = "none"
+    fp16 = "fp16"
+    bf16 = "bf16"
+    powersgd = "powersgd"
+
+
 @dataclass(kw_only=True, slots=True)
 class DistributedConfig:
     """How ranks, one process for every device, train together. How many they are is `hardware.num_devices`."""
 
     backend: Backend = Backend.auto
+    expert_parallel: int = 1
+    """How many ranks, one after the other, divide the experts of every layer among them; 1 is every rank has all."""
     timeout_s: float = 1800.0
     """How long a rank waits for the others before it gives up."""
+    gradient_compression: GradientCompression = GradientCompression.none
+    powersgd_rank: int = 4
+    """Columns of the narrow matrices: more of them lose less."""

@@ -9,6 +9,7 @@ import typing
 from enum import Enum
 from typing import Any
 
+from ava_exp.config.distributed import GradientCompression
 from ava_exp.config.rules import NAME_EXPECTED, NAME_PATTERN
 from ava_exp.config.run import NOT_IDENTITY, RunConfig
 from ava_exp.config.schema import KINDS, field_types, implementations, in_words, without_none
@@ -108,7 +109,10 @@ def _scalar(plain: Any, annotation: type, key: str) -> Any:
 
 def config_hash(config: RunConfig) -> str:
     """Return the same 8 hexadecimal digits for the same computation, however its configuration was written down."""
-    plain = {key: value for key, value in to_plain(config).items() if key not in NOT_IDENTITY}
+    whole = to_plain(config)
+    plain = {key: value for key, value in whole.items() if key not in NOT_IDENTITY}
+    if config.distributed.gradient_compression is not GradientCompression.none:  # which is no way to the same numbers
+        plain["distributed"] = {key: whole["distributed"][key] for key in ("gradient_compression", "powersgd_rank")}
     canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()[:HASH_LENGTH]
 

@@ -6,13 +6,16 @@ Hydra imports and calls what a `_target_` names, unpickles, reads any folder and
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from omegaconf import MISSING
 
 from ava_exp.config.folders import group_names, option_names
+from ava_exp.config.run import RunConfig
 from ava_exp.config.schema import annotations_at, is_in_mapping, keys_beside
 from ava_exp.config.suggest import suggest_key
 from ava_exp.errors import ConfigError, did_you_mean
@@ -27,7 +30,9 @@ def check_overrides(texts: Sequence[str], *, may_sweep: bool) -> None:
     Whether the key exists and takes the value is left to composition. `may_sweep` allows `key=1,2`.
     """
     groups = {*group_names(), *PLUGIN_GROUPS}
-    for override in OverridesParser.create().parse_overrides(list(texts)):
+    overrides = OverridesParser.create().parse_overrides(list(texts))
+    left_out = {override.key_or_group for override in overrides if override.is_delete()} & _without_default()
+    for override in overrides:
         text = str(override.input_line)
         if override.is_sweep_override() and not may_sweep:
             raise ConfigError(f"`{text}` is several values: add `-m` to run each, or write a list as `[1,2]`.")
@@ -35,12 +40,19 @@ def check_overrides(texts: Sequence[str], *, may_sweep: bool) -> None:
             raise ConfigError(f"`{text}`: `_target_` is not accepted; components are chosen as options of their group.")
         if override.package is not None:
             raise ConfigError(f"`{text}`: the place of an option is fixed; leave `@{override.package}` out.")
+        if (section := override.key_or_group.partition(".")[0]) in left_out and section != override.key_or_group:
+            raise ConfigError(f"`{text}` sets a key of `{section}`, which `~{section}` leaves out.")
         if override.key_or_group in groups and not isinstance(override.value(), dict):
             _check_group(override, text)
         elif re.split(r"[./]", override.key_or_group)[0] == "hydra":
             _check_plugin_setting(override, text)
         else:
             _check_key(override, text, groups)
+
+
+def _without_default() -> set[str]:
+    """Return the sections that are nothing at all when their option is left out."""
+    return {field.name for field in dataclasses.fields(RunConfig) if field.default == MISSING}
 
 
 def check_option_name(name: str, where: str) -> None:

@@ -12,14 +12,15 @@ from ava_exp.config import generation
 from ava_exp.config.architecture_rules import ARCHITECTURE_RULES
 from ava_exp.config.bounds import BOUNDS, value_at
 from ava_exp.config.data import BPEConfig
-from ava_exp.config.distributed import Backend
+from ava_exp.config.distributed import Backend, GradientCompression
 from ava_exp.config.faults import Fault, Rule, Severity, error
 from ava_exp.config.launcher import SlurmLauncherConfig
 from ava_exp.config.machine import Precision
 from ava_exp.config.mod import DepthConfig
 from ava_exp.config.model import MoEConfig
+from ava_exp.config.pipeline import pipeline_faults
 from ava_exp.config.run import RunConfig
-from ava_exp.config.stage import GenerateConfig, PlanConfig, SurgeryConfig
+from ava_exp.config.stage import GenerateConfig, PipelineStageConfig, PlanConfig, SurgeryConfig
 from ava_exp.config.surgery import faults_of
 from ava_exp.config.sweep import sweep_faults
 from ava_exp.config.training import AdamWConfig, Recompute, WSDConfig
@@ -86,6 +87,15 @@ def _surgery_is_whole(config: RunConfig) -> Iterator[Fault]:
     if isinstance(config.stage, SurgeryConfig):
         for name, expected, value in faults_of(config.stage):
             yield error(f"stage.{name}", expected, value)
+
+
+def _pipeline_is_whole(config: RunConfig) -> Iterator[Fault]:
+    for key, expected, value in pipeline_faults(config.pipeline):
+        yield error(key, expected, value)
+    if isinstance(config.stage, PipelineStageConfig) and not config.pipeline.steps:
+        yield error("pipeline.steps", "at least one step; `pipeline=NAME` chooses some", {})
+    if config.pipeline.steps and config.stage.computes:
+        yield error("stage", "pipeline with `pipeline.steps`", config.stage.name)
 
 
 def _generation_is_whole(config: RunConfig) -> Iterator[Fault]:
@@ -167,6 +177,16 @@ def _compiled_blocks_are_not_skipped(config: RunConfig) -> Iterator[Fault]:
         yield error("training.compile", expected, True, "How many tokens a layer gets is data, and cannot be compiled.")
 
 
+def _copies_alone_are_compressed(config: RunConfig) -> Iterator[Fault]:
+    backend, compression = config.distributed.backend, config.distributed.gradient_compression
+    if compression is not GradientCompression.none and backend not in (Backend.auto, Backend.ddp):
+        expected = f"`none` with `distributed={backend.value}`"
+        yield error("distributed.gradient_compression", expected, compression.value, "`distributed=ddp` goes with it.")
+    if compression is not GradientCompression.none and config.distributed.expert_parallel > 1:
+        expected = "`none` with `distributed.expert_parallel`"
+        yield error("distributed.gradient_compression", expected, compression.value, "Tokens travel as they are.")
+
+
 def _what_is_cut_is_as_it_is(config: RunConfig) -> Iterator[Fault]:
     backend = config.distributed.backend
     if backend.cuts_weights:
@@ -197,15 +217,20 @@ def _sweep_is_of_one_kind(config: RunConfig) -> Iterator[Fault]:
 
 
 def _experts_divide_among_ranks(config: RunConfig) -> Iterator[Fault]:
-    number = config.stage.expert_parallel if isinstance(config.stage, PlanConfig) else None
-    if number is None or number < 1:
-        return
-    key, num_devices = "stage.expert_parallel", config.hardware.num_devices
+    backend, num_devices = config.distributed.backend, config.hardware.num_devices
     num_experts = config.sparsity.num_experts if isinstance(config.sparsity, MoEConfig) else 1
-    if num_experts % number:
-        yield error(key, f"a divisor of the number of experts ({num_experts})", number)
-    elif num_devices % number:
-        yield error(key, f"a divisor of `hardware.num_devices` ({num_devices})", number)
+    asked = {"distributed.expert_parallel": config.distributed.expert_parallel}
+    if isinstance(config.stage, PlanConfig) and config.stage.expert_parallel is not None:
+        asked["stage.expert_parallel"] = config.stage.expert_parallel
+    for key, number in asked.items():
+        if number < 1:
+            continue
+        if num_experts % number:
+            yield error(key, f"a divisor of the number of experts ({num_experts})", number)
+        elif num_devices % number:
+            yield error(key, f"a divisor of `hardware.num_devices` ({num_devices})", number)
+    if config.distributed.expert_parallel > 1 and backend not in (Backend.auto, Backend.ddp):
+        yield error("distributed.backend", "`auto` or `ddp` with `distributed.expert_parallel`", backend.value)
 
 
 RULES: tuple[Rule, ...] = (
@@ -216,6 +241,7 @@ RULES: tuple[Rule, ...] = (
     _vocabulary_holds_the_tokens,
     _betas_are_two_ratios,
     _surgery_is_whole,
+    _pipeline_is_whole,
     _generation_is_whole,
     _speculation_is_of_one_text,
     _schedule_fits,
@@ -225,6 +251,7 @@ RULES: tuple[Rule, ...] = (
     _compiled_blocks_are_recomputed_whole,
     _sweep_is_of_one_kind,
     _experts_divide_among_ranks,
+    _copies_alone_are_compressed,
     _what_is_cut_is_as_it_is,
     _deepspeed_keeps_masters,
     _nodes_are_shared_by_training,

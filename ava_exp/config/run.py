@@ -15,6 +15,7 @@ from ava_exp.config.loss import LossConfig
 from ava_exp.config.machine import HardwareConfig, PrecisionConfig, TrackerConfig
 from ava_exp.config.mod import ModConfig, NoModConfig
 from ava_exp.config.model import ModelConfig, SparsityConfig
+from ava_exp.config.pipeline import PipelineConfig
 from ava_exp.config.prediction import NextTokenConfig, PredictionConfig
 from ava_exp.config.stage import StageConfig
 from ava_exp.config.sweep import SweepConfig
@@ -55,6 +56,7 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     init_from: str | None = None
     """The run whose weights this one starts from: a name, a path or `latest`, its newest checkpoint; or `NAME@STEP`."""
     resume: str = "auto"
@@ -78,6 +80,7 @@ NOT_IDENTITY = frozenset(
         "tracker",
         "hardware",
         "sweep",
+        "pipeline",
         "distributed",
         "launcher",
         "resume",

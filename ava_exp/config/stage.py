@@ -60,6 +60,15 @@ class PrepareConfig(StageConfig):
 
 
 @dataclass(kw_only=True, slots=True)
+class PipelineStageConfig(StageConfig):
+    """Do the steps of `pipeline`, one after the other, and go on at the first that is not finished."""
+
+    builds: ClassVar[str] = "ava_exp.pipelines.pipeline:run"
+    name: ClassVar[str] = "pipeline"
+    computes: ClassVar[bool] = False
+
+
+@dataclass(kw_only=True, slots=True)
 class PretrainConfig(StageConfig):
     """Train, evaluate, report."""
 

@@ -133,8 +133,8 @@ class BatchLoader:
 class EvaluationLoader:
     """Evaluation batches in the order of the text: every token after the first is a label exactly once.
 
-    With `max_tokens`, as many whole windows as fit, spread evenly. Every rank gets as many batches of the same shapes
-    as the others, so that collective operations match; the padding this takes is labelled `IGNORED`.
+    With `max_tokens`, as many whole windows as fit, spread evenly. Of several ranks each gets every `num_ranks`-th
+    window, and the last ones may get one less, or none.
     """
 
     def __init__(
@@ -155,10 +155,9 @@ class EvaluationLoader:
         self.batch_size = batch_size
         self.mask_documents = mask_documents
         windows = self.windows(max_tokens)
-        per_rank = -(-len(windows) // num_ranks)
-        padded = np.full(per_rank * num_ranks, -1, dtype=np.int64)
-        padded[: len(windows)] = windows
-        self._own_windows = padded[rank::num_ranks]
+        self._own_windows = windows[rank::num_ranks]
+        self.most_batches = math.ceil(math.ceil(len(windows) / num_ranks) / batch_size)
+        """That any rank has."""
 
     def __len__(self) -> int:
         """Number of this rank's batches."""
@@ -179,8 +178,6 @@ class EvaluationLoader:
         input_ids, labels = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORED, dtype=torch.int64)
         source_ids = torch.zeros(shape, dtype=torch.int64)
         for row, window in enumerate(windows.tolist()):
-            if window < 0:
-                continue
             start = window * self.sequence_length
             stop = min(start + self.sequence_length + 1, self.dataset.num_tokens)
             tokens = torch.from_numpy(self.dataset.tokens(start, stop).astype(np.int64))

@@ -103,9 +103,23 @@ class DepthObserver:
         self._num_predicted += depths[0].num_tokens
         self._predicted = _added(self._predicted, [int(d.num_predicted) for d in depths if d.num_predicted is not None])
 
+    @property
+    def has_seen(self) -> bool:
+        """Whether there are layers that tokens may skip."""
+        return bool(self._processed)
+
+    def take(self, other: DepthObserver) -> None:
+        """Add what another one saw of other text."""
+        self._num_tokens += other._num_tokens
+        self._num_predicted += other._num_predicted
+        self._processed = _added(self._processed, other._processed)
+        self._predicted = _added(self._predicted, other._predicted)
+        self._seen_by_token = _sum(self._seen_by_token, other._seen_by_token)
+        self._processed_by_token = _sum(self._processed_by_token, other._processed_by_token)
+
     def metrics(self, layers: Sequence[int], capacity: float) -> DepthMetrics | None:
         """Return the figures, of the layers that tokens may skip; None where there are none."""
-        if not self._processed:
+        if not self.has_seen:
             return None
         return DepthMetrics(
             layers=list(layers),
@@ -140,12 +154,15 @@ class DepthObserver:
 
 
 def _added(sums: list[int], numbers: list[int]) -> list[int]:
-    return [one + other for one, other in zip(sums, numbers, strict=True)] if sums else numbers
+    return [one + other for one, other in zip(sums, numbers, strict=True)] if sums and numbers else sums or numbers
 
 
 def _counted(counts_V: Counts, ids: Tensor) -> Counts:
     """Add up how often each token occurs; the result is as long as the largest id asks for."""
-    more = torch.bincount(ids).cpu().numpy()
+    return _sum(counts_V, torch.bincount(ids).cpu().numpy())
+
+
+def _sum(counts_V: Counts, more: Counts) -> Counts:
     size = max(len(counts_V), len(more))
     total: Counts = np.pad(counts_V, (0, size - len(counts_V))) + np.pad(more, (0, size - len(more)))
     return total

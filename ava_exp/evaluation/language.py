@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,52 +66,62 @@ def evaluate_language(
     device: torch.device,
     observer: RoutingObserver | None = None,
     depth_observer: DepthObserver | None = None,
+    gather: Callable[[Any], list[Any]] = lambda value: [value],
 ) -> LanguageMetrics:
     """Predict every label of `batches`. `token_bytes` (V,) says how many UTF-8 bytes each token stands for.
 
     End-of-document tokens stand for no bytes, yet cost nats: the figure includes predicting where documents end.
-    `observer` is shown the routing of every batch, `depth_observer` what its tokens skip.
+    `observer` is shown the routing of every batch, `depth_observer` what its tokens skip. Where ranks share the
+    batches, `gather` returns what each of them gives, and all get the figures of all.
     """
     bytes_of = torch.from_numpy(np.ascontiguousarray(token_bytes, dtype=np.int64)).to(device)
     started, was_training = time.monotonic(), model.training
     model.eval()
-    nats, correct, tokens, num_bytes, noncausal_nats = 0.0, 0, 0, 0, None
-    depth_observer, has_depth = depth_observer or DepthObserver(), False
-    future = FutureTally()
+    sums = _Sums(routing=observer, depth=depth_observer or DepthObserver())
     for batch in batches:
         labels = batch.labels.to(device).flatten()
         output = model(batch.input_ids.to(device), **batch.masks_on(device))
-        if observer is not None:
-            observer.add(batch, output.routings)
+        if sums.routing is not None:
+            sums.routing.add(batch, output.routings)
         hits_N = torch.empty_like(labels, dtype=torch.bool)
         batch_nats, batch_correct = score_labels(output.hidden.flatten(0, 1), output.head, labels, hits_N=hits_N)
-        future.add(output, labels.view(batch.labels.shape), hits_N.view(batch.labels.shape))
-        nats, correct = nats + batch_nats.item(), correct + int(batch_correct)
+        sums.future.add(output, labels.view(batch.labels.shape), hits_N.view(batch.labels.shape))
+        sums.nats, sums.correct = sums.nats + batch_nats.item(), sums.correct + int(batch_correct)
         if output.depths:
-            has_depth = True
-            depth_observer.add(batch, output.depths)
+            sums.depth.add(batch, output.depths)
             if model.chooses_by_content:
-                noncausal_nats = (noncausal_nats or 0.0) + _look_ahead(model, batch, labels, depth_observer)
+                sums.noncausal_nats += _look_ahead(model, batch, labels, sums.depth)
         valid = labels != IGNORED
-        tokens += int(valid.sum())
-        num_bytes += int(bytes_of[labels[valid]].sum())
+        sums.tokens += int(valid.sum())
+        sums.num_bytes += int(bytes_of[labels[valid]].sum())
     model.train(was_training)
-    loss = nats / max(1, tokens)
-    noncausal_loss = None if noncausal_nats is None else noncausal_nats / max(1, tokens)
+    if sums.routing is not None:
+        sums.routing.settle()
+    first, *others = gather(sums)
+    for other in others:
+        first.take(other)
+    return _metrics(first, model, time.monotonic() - started)
+
+
+def _metrics(sums: _Sums, model: Decoder, seconds: float) -> LanguageMetrics:
+    tokens = max(1, sums.tokens)
+    loss = sums.nats / tokens
+    depth = sums.depth.metrics(list(model.mod_layers()), model.mod_capacity or 1.0) if sums.depth.has_seen else None
+    noncausal_loss = sums.noncausal_nats / tokens if depth is not None and model.chooses_by_content else None
     return LanguageMetrics(
         loss=loss,
         perplexity=_perplexity(loss),
-        bits_per_byte=nats / math.log(2) / max(1, num_bytes),
-        token_accuracy=correct / max(1, tokens),
-        tokens=tokens,
-        bytes=num_bytes,
-        seconds=time.monotonic() - started,
+        bits_per_byte=sums.nats / math.log(2) / max(1, sums.num_bytes),
+        token_accuracy=sums.correct / tokens,
+        tokens=sums.tokens,
+        bytes=sums.num_bytes,
+        seconds=seconds,
         noncausal_loss=noncausal_loss,
         noncausal_perplexity=None if noncausal_loss is None else _perplexity(noncausal_loss),
-        routing=observer.metrics() if observer is not None else None,
+        routing=sums.routing.metrics() if sums.routing is not None else None,
         activation_weights=activation_weights(model),
-        future=future.metrics(),
-        depth=depth_observer.metrics(list(model.mod_layers()), model.mod_capacity or 1.0) if has_depth else None,
+        future=sums.future.metrics(),
+        depth=depth,
     )
 
 
@@ -134,12 +145,43 @@ class FutureTally:
             added = (valid_BT, hits_BT, consulted_BT, is_right_BT)
             counts[:] = [count + int(where.sum()) for count, where in zip(counts, added, strict=True)]
 
+    def take(self, other: FutureTally) -> None:
+        """Add what another one counted."""
+        if not self.counts or not other.counts:
+            self.counts = self.counts or other.counts
+            return
+        pairs = zip(self.counts, other.counts, strict=True)
+        self.counts = [[one + more for one, more in zip(*pair, strict=True)] for pair in pairs]
+
     def metrics(self) -> tuple[FutureMetrics, ...]:
         """Return the shares."""
         return tuple(
             FutureMetrics(accuracy=hits / max(1, labels), acceptance=right / max(1, consulted))
             for labels, hits, consulted, right in self.counts
         )
+
+
+@dataclass(slots=True, kw_only=True)
+class _Sums:
+    """What some of the batches add up to."""
+
+    routing: RoutingObserver | None
+    depth: DepthObserver
+    future: FutureTally = field(default_factory=FutureTally)
+    nats: float = 0.0
+    noncausal_nats: float = 0.0
+    correct: int = 0
+    tokens: int = 0
+    num_bytes: int = 0
+
+    def take(self, other: _Sums) -> None:
+        """Add those of other batches."""
+        for name in ("nats", "noncausal_nats", "correct", "tokens", "num_bytes"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.depth.take(other.depth)
+        self.future.take(other.future)
+        if self.routing is not None and other.routing is not None:
+            self.routing.take(other.routing)
 
 
 def _look_ahead(model: Decoder, batch: Batch, labels_N: Tensor, observer: DepthObserver) -> float:

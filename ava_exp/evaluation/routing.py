@@ -147,6 +147,10 @@ class _LayerSums:
     entropy: Tensor
     num_tokens: Tensor
 
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.visits, self.entropy, self.num_tokens
+
 
 @dataclass(slots=True)
 class RoutingObserver:
@@ -178,6 +182,19 @@ class RoutingObserver:
             entropy_N = -torch.special.xlogy(routing.probabilities, routing.probabilities).sum(dim=-1)
             layer.entropy += entropy_N.where(valid, 0.0).sum(dtype=layer.entropy.dtype)
             layer.num_tokens += valid.sum()
+
+    def settle(self) -> None:
+        """Bring what was seen to the CPU; no batch is added any more."""
+        self._layers = [_LayerSums(*(sums.cpu() for sums in layer.parts)) for layer in self._layers]
+
+    def take(self, other: RoutingObserver) -> None:
+        """Add what another one saw of other windows; both have settled."""
+        self._choices |= other._choices
+        if not self._layers or not other._layers:
+            self._layers = self._layers or other._layers
+            return
+        pairs = zip(self._layers, other._layers, strict=True)
+        self._layers = [_LayerSums(*map(torch.add, one.parts, more.parts)) for one, more in pairs]
 
     def metrics(self) -> RoutingMetrics | None:
         """Return the figures; None for a model without experts."""

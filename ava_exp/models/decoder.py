@@ -189,6 +189,7 @@ class Decoder(nn.Module):
     recompute: Recompute = Recompute.none
     offload_activations: bool = False
     adjusted_mod_capacity: float | None = None
+    is_compiled = False
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
@@ -234,7 +235,7 @@ class Decoder(nn.Module):
         context = self._context(ids_BT, cache, counts_B, documents_BT)
         embedding_BTD = x_BTD = self.embedding(ids_BT)
         routings, head_routings, depths = [], [], []
-        with self._offload():
+        with self._offload(), self._eager() if cache is not None else nullcontext():
             for block in self.blocks:
                 x_BTD, routing, heads, depth = self._run(block, x_BTD, context)
                 if routing is not None:
@@ -270,6 +271,10 @@ class Decoder(nn.Module):
         if self.offload_activations and torch.is_grad_enabled():
             return offload([*self.parameters(), self.cos, self.sin])
         return nullcontext()
+
+    def _eager(self) -> AbstractContextManager[Any]:
+        """Return the context in which nothing is compiled: with a cache every call has other shapes."""
+        return torch.compiler.set_stance("force_eager") if self.is_compiled else nullcontext()
 
     def _context(
         self, ids_BT: Tensor, cache: KeyValueCache | None, counts_B: Tensor | None, documents_BT: Tensor | None
@@ -348,6 +353,7 @@ class Decoder(nn.Module):
         """Compile the blocks in place; names of weights stay. Experts are left out: how many rows each gets is data,
         and a grouped product over such sizes cannot be compiled. No token may skip a layer, for the same reason."""
         assert not self.mod_layers(), "a rule of the configuration refuses it"
+        self.is_compiled = True
         for block in self.blocks:
             assert isinstance(block, Block)
             if not isinstance(block.feed_forward, MoELayer):

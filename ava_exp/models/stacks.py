@@ -7,7 +7,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ava_exp.config.model import SharedProjection
 from ava_exp.errors import ConfigError
 from ava_exp.models.decoder import Decoder
 from ava_exp.nn.moe.layer import MoELayer
@@ -29,12 +28,7 @@ def moe_layers(model: Decoder) -> dict[int, MoELayer]:
 
 def stack_names(layer: MoELayer) -> list[str]:
     """Return the names of a layer's stacks: what all experts share, a projection or the activation, is none."""
-    shared = layer.experts.share
-    experts = [
-        f"{EXPERTS}{name}"
-        for name, _ in layer.experts.named_parameters(recurse=False)
-        if shared is SharedProjection.none or name != shared.value
-    ]
+    experts = [f"{EXPERTS}{name}" for name in layer.experts.stacks()]
     buffers = [f"router.{name}" for name, buffer in layer.router.named_buffers() if buffer.ndim > 0]
     return [*experts, ROUTER_WEIGHT, *buffers]
 

@@ -22,7 +22,7 @@ from torch import nn
 
 from ava_exp.config.distributed import Backend, DistributedConfig
 from ava_exp.config.machine import DeviceType, HardwareConfig
-from ava_exp.errors import ConfigError
+from ava_exp.errors import ConfigError, must_be
 from ava_exp.parallel import zero
 from ava_exp.parallel.ranks import Ranks
 
@@ -57,6 +57,11 @@ def join_ranks(distributed: DistributedConfig, hardware: HardwareConfig) -> Rank
     ranks = Ranks(rank=accelerator.process_index, num_ranks=num_ranks, backend=backend, control=control)
     probe = zero.probe if backend.zero_stage is not None else _probe_synchronisation
     probe(accelerator, ranks)
+    if num_ranks % distributed.expert_parallel:
+        divisor = f"a divisor of the number of ranks ({num_ranks})"
+        raise ConfigError(must_be("distributed.expert_parallel", divisor, distributed.expert_parallel))
+    if distributed.expert_parallel > 1:
+        return ranks.sharing_experts(distributed.expert_parallel, timedelta(seconds=distributed.timeout_s))
     return ranks
 
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
 import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any
 
-from ava_exp.config.launcher import SlurmLauncherConfig
 from ava_exp.errors import RunFolderError, did_you_mean
 from ava_exp.tracking.folder import RunFolder
-from ava_exp.tracking.jobs import Job, JobFolder, all_jobs
+from ava_exp.tracking.jobs import Job, JobFolder, all_jobs, cluster
 from ava_exp.tracking.lock import read_owner
 from ava_exp.tracking.metrics import Record, parse_record
 from ava_exp.tracking.trackers import RunStatus
@@ -23,21 +20,6 @@ TAIL_BYTES = 1 << 18
 INTERRUPTED = "interrupted"
 """The process is gone, killed or lost with its machine; the same command goes on."""
 SUBMITTED = "submitted"
-
-
-class Jobs(Protocol):
-    """What answers for the jobs of one kind of cluster."""
-
-    def states(self, job_ids: list[str]) -> dict[str, str]: ...
-    def is_active(self, state: str) -> bool: ...
-    def cancel(self, job_id: str) -> None: ...
-
-
-@functools.cache
-def cluster() -> Jobs:
-    """Return what answers for jobs; found by the name that a launcher's configuration has for it."""
-    module, _, name = SlurmLauncherConfig.manages.partition(":")
-    return cast(Jobs, getattr(importlib.import_module(module), name)())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +109,8 @@ def all_entries(output_dir: Path) -> list[Entry]:
     entries = {path.name: Entry(name=path.name, folder=RunFolder(path)) for path in _run_folders(output_dir)}
     for folder, job in jobs:
         run = Path(job.run_folder) if job.run_folder else None
-        name = run.name if run is not None and run.name in entries else folder.root.name
+        alone = f"{folder.root.name}-{job.step}" if job.step else folder.root.name
+        name = run.name if run is not None and run.name in entries else alone
         run_folder = entries[name].folder if name in entries else None
         entries[name] = Entry(
             name=name, folder=run_folder, job_folder=folder, job=job, job_state=states.get(job.id, "UNKNOWN")
@@ -160,6 +143,27 @@ def find_entry(output_dir: Path, name: str) -> Entry:
     names = [entry.name for entry in entries]
     hint = did_you_mean(wanted, names) if names else "there are none yet."
     raise RunFolderError(f"there is no run or job `{name}` in {output_dir}; {hint}")
+
+
+def find_entries(output_dir: Path, name: str) -> list[Entry]:
+    """Return what is called `name`: the jobs that were submitted together, as those of an array, or one thing.
+
+    Several are found by the number of their array or by the folder of their jobs, with or without its last number.
+
+    Raises:
+        RunFolderError: there is no such thing.
+    """
+    entries, wanted = all_entries(output_dir), Path(name).name
+    several = [] if any(entry.name == wanted for entry in entries) else [e for e in entries if wanted in _groups_of(e)]
+    return several or [find_entry(output_dir, name)]
+
+
+def _groups_of(entry: Entry) -> set[str]:
+    if entry.job is None or entry.job_folder is None:
+        return set()
+    folder = entry.job_folder.root.name
+    array, _, index = entry.job.id.partition("_")
+    return {folder, folder.rpartition("-")[0], *([array] if index else [])}
 
 
 def _is_alive(pid: int) -> bool:

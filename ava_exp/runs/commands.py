@@ -5,32 +5,40 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ava_exp.errors import EXIT_FAILURE, EXIT_OK, UserError
-from ava_exp.runs.catalogue import Entry, all_entries, cluster, find_entry
+from ava_exp.runs.catalogue import Entry, all_entries, find_entries, find_entry
 from ava_exp.runs.table import in_columns
+from ava_exp.tracking.jobs import cluster
 from ava_exp.tracking.trackers import RunStatus
 
+WELL_ENDED = (RunStatus.finished, "completed")
 COLUMNS = ("name", "status", "step", "loss", "job")
 
 
 def list_runs(output_dir: Path) -> int:
     """Print a line for every run and job."""
     entries = all_entries(output_dir)
-    rows = [(e.name, e.status, e.steps(), e.loss(), e.job.id if e.job else "") for e in entries]
-    if not rows:
-        print(f"There are no runs in {output_dir} yet.")
-        return EXIT_OK
-    print("\n".join(in_columns([COLUMNS, *rows])))
+    print(_table(entries) if entries else f"There are no runs in {output_dir} yet.")
     return EXIT_OK
 
 
+def _table(entries: Sequence[Entry]) -> str:
+    rows = [(e.name, e.status, e.steps(), e.loss(), e.job.id if e.job else "") for e in entries]
+    return "\n".join(in_columns([COLUMNS, *rows]))
+
+
 def show(output_dir: Path, name: str) -> int:
-    """Print how a run stands, what came of it, how it differs from the default and where it lies."""
-    entry = find_entry(output_dir, name)
+    """Print how a run stands, what came of it, how it differs from the default and where it lies; of several a line."""
+    entries = find_entries(output_dir, name)
+    if len(entries) > 1:
+        print(_table(entries))
+        return EXIT_OK
+    (entry,) = entries
     print("\n".join(in_columns([[key, str(value)] for key, value in _facts(entry)])))
     difference = entry.folder.read_json("difference.json", {}) if entry.folder else {}
     if difference:
@@ -64,22 +72,31 @@ def _facts(entry: Entry) -> Iterable[tuple[str, Any]]:
 
 
 def watch(output_dir: Path, name: str, interval_s: float) -> int:
-    """Print a line whenever something changed, until the run has ended; return 0 if it finished."""
+    """Print a line whenever something changed, until all has ended; return 0 if it finished. Several are counted."""
     told = ""
     while True:
-        entry = find_entry(output_dir, name)
-        line = f"{entry.status}  {entry.steps()}  {f'loss {entry.loss()}' if entry.loss() else ''}".rstrip()
+        entries = find_entries(output_dir, name)
+        line = _line(entries[0]) if len(entries) == 1 else _counts(entries)
         if line != told:
             print(f"{time.strftime('%H:%M:%S')}  {line}", flush=True)
             told = line
-        if not entry.is_active:
-            return EXIT_OK if entry.status in (RunStatus.finished, "completed") else EXIT_FAILURE
+        if not any(entry.is_active for entry in entries):
+            return EXIT_OK if all(entry.status in WELL_ENDED for entry in entries) else EXIT_FAILURE
         time.sleep(interval_s)
+
+
+def _line(entry: Entry) -> str:
+    return f"{entry.status}  {entry.steps()}  {f'loss {entry.loss()}' if entry.loss() else ''}".rstrip()
+
+
+def _counts(entries: Sequence[Entry]) -> str:
+    counts = Counter(entry.status for entry in entries)
+    return ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
 
 
 def logs(output_dir: Path, name: str, num_lines: int, which: str | None) -> int:
     """Print the last lines of a run's log, or of what its job printed."""
-    entry = find_entry(output_dir, name)
+    entry = _one(output_dir, name)
     files = _log_files(entry, which)
     if not files:
         raise UserError(f"{entry.name} has not printed anything yet.")
@@ -101,12 +118,23 @@ def _log_files(entry: Entry, which: str | None) -> list[Path]:
 
 
 def cancel(output_dir: Path, name: str) -> int:
-    """End a run: the job that trains it, or the process, which saves first. Raises UserError when none does."""
-    entry = find_entry(output_dir, name)
-    if entry.has_active_job and entry.job:
-        cluster().cancel(entry.job.id)
-        print(f"Job {entry.job.id} is cancelled. The same command goes on from the newest checkpoint.")
+    """End a run: the job that trains it, or all that were submitted with it, or the process, which saves first.
+
+    Raises UserError when nothing is at work.
+    """
+    entries = find_entries(output_dir, name)
+    active = [entry.job.id for entry in entries if entry.has_active_job and entry.job]
+    if active:
+        cluster().cancel(active[::-1])  # those that wait first, or they would take the places of those that end
+        which = f"Job {active[0]} is" if len(active) == 1 else f"{len(active)} jobs are"
+        print(f"{which} cancelled. The same command goes on from the newest checkpoint.")
         return EXIT_OK
+    if len(entries) > 1:
+        raise UserError(f"{name} has ended ({_counts(entries)}): there is nothing to cancel.")
+    return _stop_process(entries[0])
+
+
+def _stop_process(entry: Entry) -> int:
     owner = entry.owner
     if owner is not None and entry.has_local_process:
         os.kill(owner["pid"], signal.SIGTERM)
@@ -117,9 +145,18 @@ def cancel(output_dir: Path, name: str) -> int:
     raise UserError(f"{entry.name} is {entry.status}: there is nothing to cancel.")
 
 
+def _one(output_dir: Path, name: str) -> Entry:
+    """Return the only thing with this name. Raises UserError where it means several jobs."""
+    entries = find_entries(output_dir, name)
+    if len(entries) > 1:
+        ids = [entry.job.id for entry in entries if entry.job]
+        raise UserError(f"{name} is {len(entries)} jobs; name one of them, from {ids[0]} to {ids[-1]}.")
+    return entries[0]
+
+
 def resubmit(output_dir: Path, name: str) -> int:
     """Submit a job's command once more, with the code as it is now; a run goes on. Raises UserError without a job."""
-    entry = find_entry(output_dir, name)
+    entry = _one(output_dir, name)
     if entry.job is None:
         raise UserError(f"{entry.name} was not a job: give its command again.")
     from ava_exp.cli import main

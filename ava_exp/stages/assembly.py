@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from ava_exp.config.machine import DeviceType, Precision
 from ava_exp.config.mod import DepthConfig
 from ava_exp.config.run import RunConfig
 from ava_exp.config.validate import offload_faults, raise_if_fatal
-from ava_exp.data.loader import BatchLoader, EvaluationLoader
+from ava_exp.data.loader import Batch, BatchLoader, EvaluationLoader
 from ava_exp.data.prepare import PreparedData, prepare_data
 from ava_exp.errors import ConfigError, must_be
 from ava_exp.evaluation.depth import DepthObserver, token_kinds
@@ -31,6 +31,7 @@ from ava_exp.models.memory import MemoryEstimate, estimate_memory
 from ava_exp.models.surgery import Parameters, Surgeon, count_parameters_of
 from ava_exp.optim.schedules import Schedule
 from ava_exp.optim.update import LossScale, Updater
+from ava_exp.parallel.experts import ExpertParallelUpdater
 from ava_exp.parallel.sharded import ShardedUpdater
 from ava_exp.parallel.zero import ZeroUpdater
 from ava_exp.runtime import DTYPES, Runtime
@@ -112,6 +113,8 @@ def build_updater(config: RunConfig, runtime: Runtime, model: Decoder) -> Update
     elif stage:
         start = partial(runtime.start_engine, Objective(model, build_terms(config), ranks))
         updater = partial(ZeroUpdater, engine_of=start, ranks=ranks, device=runtime.device)
+    elif ranks.experts is not None:
+        updater = partial(ExpertParallelUpdater, experts=ranks.experts)
     return updater(
         model,
         lambda groups: config.optimizer.build(groups=groups),
@@ -186,19 +189,35 @@ def build_evaluation(
             sequence_length=config.data.sequence_length,
             batch_size=runtime.resolution.batch_size,
             max_tokens=None if whole else config.evaluation.max_tokens,
+            rank=runtime.ranks.rank,
+            num_ranks=runtime.ranks.num_ranks,
             mask_documents=config.data.mask_documents,
         )
         probe = choose_probe(batches.windows(config.evaluation.max_tokens), config.data.sequence_length)
         observer = RoutingObserver(data.validation.sources, probe, state.routing.choices)
         depth_observer = build_depth_observer(config, data)
         measured = inference_copy(config, runtime, model, updater)
-        until_stop = itertools.takewhile(lambda batch: not is_stopping(), batches)
         metrics = evaluate_language(
-            measured, until_stop, data.tokenizer.token_bytes(), runtime.device, observer, depth_observer
+            measured,
+            _until(is_stopping, batches),
+            data.tokenizer.token_bytes(),
+            runtime.device,
+            observer,
+            depth_observer,
+            runtime.ranks.gather,
         )
         return None if is_stopping() else metrics
 
     return evaluate
+
+
+def _until(is_stopping: Callable[[], bool], batches: EvaluationLoader) -> Iterator[Batch]:
+    """Yield this rank's batches until ranks are to stop, which all of them ask as often as the others."""
+    own = iter(batches)
+    for _ in range(batches.most_batches):
+        if is_stopping():
+            return
+        yield from itertools.islice(own, 1)
 
 
 def build_depth_observer(config: RunConfig, data: PreparedData) -> DepthObserver | None:
@@ -246,7 +265,7 @@ def build_trainer(
     peak = runtime.resolution.peak_tflops
     state = state or TrainState()
     terms = build_terms(config)
-    strategy = runtime.spread(Objective(model, terms, runtime.ranks), updater, model)
+    strategy = runtime.spread(Objective(model, terms, runtime.ranks), updater, model, config.distributed)
     return Trainer(
         model,
         build_loader(config, runtime, data),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import Tensor
 
 from ava_exp.config.identity import difference_from_default, flatten, to_plain
 from ava_exp.config.run import RunConfig
@@ -31,6 +32,7 @@ from ava_exp.runtime import (
     reset_peak_memory,
 )
 from ava_exp.stages import assembly
+from ava_exp.stages.failure import explain, forget_failure
 from ava_exp.stages.runs import (
     INITIAL,
     ORIGIN,
@@ -39,6 +41,7 @@ from ava_exp.stages.runs import (
     recorded_initial_weights,
     with_initial_weights,
 )
+from ava_exp.stages.steps import announce
 from ava_exp.tracking.folder import RunFolder
 from ava_exp.tracking.lock import RunLock
 from ava_exp.tracking.logs import RecordLog, configure_logging
@@ -58,6 +61,7 @@ from ava_exp.training.checkpoint import (
 from ava_exp.training.loop import Outcome, Record, measure_seconds_per_step
 from ava_exp.training.saver import (
     CheckpointSaver,
+    kept_by,
     random_state,
     restore_snapshot,
     restore_weights,
@@ -66,6 +70,7 @@ from ava_exp.training.saver import (
 )
 from ava_exp.training.signals import SignalRequests
 from ava_exp.training.state import TrainState
+from ava_exp.training.stopping import StoppingTime
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +113,8 @@ def train(
         if ranks.is_first:
             if initial is not None and recorded_initial_weights(folder) is None:
                 folder.write_json(INITIAL, initial.record())  # before `latest` leads here
-            folder.point_latest(Path(config.output_dir))
+            announce(config, folder)
+            forget_failure(folder)
         try:
             return Pretraining(config, folder, requests, initial, measure, ranks).run()
         except BaseException as error:
@@ -116,6 +122,9 @@ def train(
             logger.debug("the run ended with %s", type(error).__name__, exc_info=True)
             if ranks.is_first:
                 _write_failure(folder)
+            reason = explain(error, folder, ranks)
+            if reason is not error:
+                raise reason from error
             raise
 
 
@@ -140,6 +149,7 @@ class Pretraining:
     ) -> None:
         self.config, self.folder, self.requests = config, folder, requests
         self.initial, self.measure, self.ranks = initial, measure, ranks or Ranks()
+        self.kept: dict[str, Tensor] = {}
         self.output_dir = Path(config.output_dir)
         stored = folder.read_json("resolution.json") if self.ranks.is_first else None
         self.resolution: dict[str, Any] = self.ranks.from_first(stored) or {}
@@ -304,6 +314,7 @@ class Pretraining:
             snapshot, surgeon.updater, reset_optimizer=reset_optimizer, surgeon=surgeon, ranks=self.ranks
         )
         new = ", with a new optimizer" if reset_optimizer else ""
+        self.kept = kept_by(self.ranks, snapshot)
         self._tell(f"Going on from step {state.step} ({checkpoint}){new}.")
         return state
 
@@ -349,12 +360,14 @@ class Pretraining:
         total_steps: int,
     ) -> Outcome:
         settings, ranks = self.config.checkpoint, self.ranks
+        stopping = StoppingTime(self.folder if ranks.is_first else None)
+        num_best, asynchronous = settings.save_total_limit, settings.asynchronous
         saver = CheckpointSaver(
-            self.folder.checkpoints, num_best=settings.save_total_limit, asynchronous=settings.asynchronous
+            self.folder.checkpoints, num_best=num_best, asynchronous=asynchronous, saved=stopping.saved
         )
         extra = {"fingerprints": assembly.fingerprints(data), "run": self.folder.root.name}
         with ExitStack() as stack:
-            sinks: list[Callable[[Record], None]] = [stack.enter_context(heartbeat())]
+            sinks: list[Callable[[Record], None]] = [stopping.observe, stack.enter_context(heartbeat(stopping.seconds))]
             if ranks.is_first:
                 metrics = stack.enter_context(MetricsFile(self.folder.metrics))
                 parameters = assembly.parameters_of(self.config, surgeon.model, updater)
@@ -362,10 +375,10 @@ class Pretraining:
                 sinks += [metrics.append, view.update, RecordLog(total_steps).append]
 
             def save(state: TrainState) -> None:
-                drawn = ranks.gather(random_state())
+                drawn, kept = ranks.gather(random_state()), ranks.gather_at_first(trainer.strategy.kept())
                 copy = settings.asynchronous and state.step < total_steps
                 if ranks.is_first or updater.is_sharded:
-                    snapshot = take_snapshot(updater, state, extra, surgeon, copy=copy, drawn=drawn)
+                    snapshot = take_snapshot(updater, state, extra, surgeon, copy=copy, drawn=drawn, kept=kept)
                 if not ranks.is_first:
                     return
                 try:
@@ -387,11 +400,14 @@ class Pretraining:
                 save=save,
                 sinks=sinks,
             )
+            trainer.strategy.keep(self.kept)
             try:
                 outcome = trainer.fit(self.requests)
             finally:
                 saver.wait()
             saver.finish()
+            if ranks.is_first:
+                stopping.keep(self.folder)
             return outcome
 
     def _title(self, total_steps: int, parameters: Parameters) -> list[str]:

@@ -13,6 +13,7 @@ from ava_exp.errors import EXIT_OK
 from ava_exp.losses.terms import build_losses, require_balance_loss
 from ava_exp.models.surgery import Parameters, Surgeon, SurgeryReport
 from ava_exp.stages import assembly
+from ava_exp.stages.steps import announce
 from ava_exp.stages.trained import SavedRun, open_saved_run, set_capacity
 from ava_exp.tracking.folder import RunFolder, new_attempt
 from ava_exp.tracking.metrics import MetricsFile
@@ -51,7 +52,7 @@ def run(config: RunConfig) -> int:
     extra = {"fingerprints": saved.snapshot.state.get("fingerprints"), "run": folder.root.name}
     checkpoint = write_checkpoint(folder.checkpoints, take_snapshot(updater, state, extra, surgeon))
     _describe(folder, saved, report, state.step)
-    folder.point_latest(Path(config.output_dir))
+    announce(config, folder)
     print(f"Checkpoint: {checkpoint}")
     print(f"Train on with `resume={folder.root}`; look at it with `stage.run={folder.root.name}`.")
     return EXIT_OK

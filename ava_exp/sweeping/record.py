@@ -23,9 +23,11 @@ HASH_LENGTH = 8
 
 
 class PointStatus(StrEnum):
-    """How a point stands. `interrupted` goes on when the sweep is run again; `pruned` was given up on purpose."""
+    """How a point stands. `queued` has a job that has not begun; `interrupted` goes on when the sweep is run again;
+    `pruned` was given up on purpose."""
 
     waiting = "waiting"
+    queued = "queued"
     running = "running"
     finished = "finished"
     failed = "failed"
@@ -53,6 +55,10 @@ class Point:
     """The exit code of its last process."""
     root: str | None = None
     """The folder of its run, once it has ended."""
+    job: str | None = None
+    """The id of the newest job that trains it."""
+    log: str | None = None
+    """The file with what that job prints, once it prints something."""
     trial: int | None = None
     """The number of the trial that a search made of it."""
 
@@ -92,8 +98,8 @@ class SweepRecord:
         return self.root.name
 
     def log(self, point: Point) -> Path:
-        """Return the file with everything that a point's process wrote."""
-        return self.root / "logs" / f"{point.run_id}.log"
+        """Return the file with everything that a point's process or job wrote."""
+        return Path(point.log) if point.log else self.root / "logs" / f"{point.run_id}.log"
 
     def create(self) -> None:
         """Make the folder. Raises RunFolderError where it cannot be written."""
@@ -124,7 +130,19 @@ class SweepRecord:
 
 
 def _plain(point: Point) -> dict[str, Any]:
-    names = ("number", "run_id", "overrides", "choices", "status", "attempts", "seconds", "value", "error", "trial")
+    names = (
+        "number",
+        "run_id",
+        "overrides",
+        "choices",
+        "status",
+        "attempts",
+        "seconds",
+        "value",
+        "error",
+        "job",
+        "trial",
+    )
     return {name: getattr(point, name) for name in names} | {"folder": point.root}
 
 

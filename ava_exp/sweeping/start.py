@@ -51,19 +51,20 @@ Start = Callable[[Sequence[str], Path, Slot], Work]
 class LocalWork:
     """A point as a process of this machine, in a session of its own: Ctrl-C reaches the sweep, which tells its points.
 
-    When the sweep dies without a word, its points save and stop (Linux).
+    When the sweep dies without a word, its points save and stop (Linux). Without a `log` it writes where this process
+    does.
     """
 
-    def __init__(self, overrides: Sequence[str], log: Path, slot: Slot) -> None:
-        self._log, self._offset = log, log.stat().st_size if log.exists() else 0
+    def __init__(self, overrides: Sequence[str], log: Path | None, slot: Slot) -> None:
+        self._log, self._offset = log, log.stat().st_size if log is not None and log.exists() else 0
         threads = [] if slot.num_threads is None else [f"hardware.num_threads={slot.num_threads}"]
         environment = None if slot.device is None else {**os.environ, "CUDA_VISIBLE_DEVICES": str(slot.device)}
-        with open(log, "ab") as output:
+        with open(log, "ab") if log is not None else contextlib.nullcontext() as output:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "ava_exp", *overrides, *threads],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
-                stderr=subprocess.STDOUT,
+                stderr=subprocess.STDOUT if output is not None else None,
                 env=environment,
                 start_new_session=True,
                 preexec_fn=_dies_with(os.getpid()),  # noqa: PLW1509 - a sweep has no threads, and it makes one call
@@ -78,7 +79,7 @@ class LocalWork:
                 self._process.send_signal(number)
 
     def last_words(self) -> str:
-        return last_line(self._log, self._offset)
+        return last_line(self._log, self._offset) if self._log is not None else ""
 
 
 def _dies_with(parent: int) -> Callable[[], None] | None:

@@ -17,17 +17,18 @@ from omegaconf import DictConfig, OmegaConf
 
 from ava_exp.config.bounds import BOUNDS, value_at
 from ava_exp.config.compose import composition_errors_in_one_line, to_run_config
-from ava_exp.config.faults import Fault, error, is_blocked
+from ava_exp.config.faults import is_blocked
 from ava_exp.config.identity import run_id, to_plain
 from ava_exp.config.launcher import SlurmLauncherConfig
 from ava_exp.config.machine import MLflowConfig
 from ava_exp.config.points import PointComposer
 from ava_exp.config.run import RunConfig
-from ava_exp.config.stage import PretrainConfig
+from ava_exp.config.stage import PipelineStageConfig, PretrainConfig
 from ava_exp.config.validate import validate
 from ava_exp.errors import EXIT_FAILURE, EXIT_OK, EXIT_RESUMABLE, EXIT_USER_ERROR, ConfigError, UserError, must_be
 from ava_exp.sweeping.definition import Definition, define, varying
 from ava_exp.sweeping.handover import Launch, ending, is_chosen, launch_points
+from ava_exp.sweeping.jobs import AT_WORK, PointJobs
 from ava_exp.sweeping.pool import Pool, Requests, Tell
 from ava_exp.sweeping.record import Point, PointStatus, SweepRecord, definition_hash, of_status
 from ava_exp.sweeping.results import grouped, unfinished
@@ -85,6 +86,9 @@ def run_sweep(
             raise ConfigError(
                 "`hydra/launcher` gets all points at once, and a search has them one by one: leave it out."
             )
+        _check_jobs(definition, points, chosen is not None)
+        if isinstance(points[0].config.stage, PipelineStageConfig):
+            raise ConfigError("`stage=pipeline` is one at a time: leave `-m` out, or sweep over one of its stages.")
     if not isinstance(points[0].config.stage, PretrainConfig):
         return _run_here(points, composed, task) if chosen is None else _run_there(points, chosen)
     try:
@@ -206,11 +210,13 @@ class Sweep:
         is_stopped = False
         if self._launch is not None:
             launch_points(self._record, self._record.points, self._launch, self._tags)
+        elif self._are_jobs:
+            self._run_jobs(tell)
         else:
             is_stopped = self._run_pool(tell)
         code = self._exit_code(is_stopped)
-        self._conclude(code, is_stopped, tell)
-        if tracker is not None:
+        self._conclude(code, tell)
+        if tracker is not None and not self._at_work():
             status = {EXIT_OK: RunStatus.finished, EXIT_RESUMABLE: RunStatus.stopped}.get(code, RunStatus.failed)
             tracker.finish(status, self._results(), [self._record.report, self._record.file])
         return code
@@ -230,6 +236,27 @@ class Sweep:
                 tell=tell,
             ).run()
             return requests.num_stops > 0
+
+    @property
+    def _are_jobs(self) -> bool:
+        """Whether points are submitted together; a search, which has them one by one, waits for a job of each."""
+        return isinstance(self._sample.config.launcher, SlurmLauncherConfig) and not self._settings.optuna.space
+
+    def _run_jobs(self, tell: Tell) -> None:
+        """Let jobs run the points, and wait for them if that is wished."""
+        launcher = self._sample.config.launcher
+        assert isinstance(launcher, SlurmLauncherConfig)
+        PointJobs(
+            self._record,
+            [point for point in self._record.points if point.status is PointStatus.waiting],
+            num_parallel=self._settings.num_parallel,
+            max_retries=self._settings.max_retries,
+            extra=self._tags,
+            tell=tell,
+        ).run(waits=launcher.wait)
+
+    def _at_work(self) -> list[Point]:
+        return [point for point in self._record.points if point.status in AT_WORK]
 
     def _check_settings(self) -> None:
         """The settings of a sweep are no part of its points' configurations: their bounds are looked at here."""
@@ -261,7 +288,7 @@ class Sweep:
 
     def _is_sound(self, point: Point) -> bool:
         """Whether a point may start; one with faults is told at once and counts as failed."""
-        faults = [*validate(point.config), *_must_stay(point.config)]
+        faults = validate(point.config)
         if not is_blocked(faults):
             return True
         point.status, point.code, point.error = PointStatus.failed, EXIT_USER_ERROR, str(faults[0])
@@ -317,7 +344,7 @@ class Sweep:
             return EXIT_OK
         return EXIT_USER_ERROR if all(code == EXIT_USER_ERROR for code in codes) else EXIT_FAILURE
 
-    def _conclude(self, code: int, is_stopped: bool, tell: Tell) -> None:
+    def _conclude(self, code: int, tell: Tell) -> None:
         """Compare, report, and say again what failed."""
         points, objective = self._record.points, self._settings.objective
         self._record.save()
@@ -334,6 +361,8 @@ class Sweep:
             complain(f"the sweep was stopped; {left} of {len(points)} points are left. The same command goes on.")
         elif code != EXIT_OK:
             complain(f"{len(self._failed())} of {len(points)} points failed. The same command tries again.")
+        elif self._at_work():
+            tell("The same command looks again: it reports what has finished and submits what is missing.")
 
     def _failed(self) -> list[Point]:
         """Return what failed now; a search does not repeat what failed in earlier processes."""
@@ -358,10 +387,20 @@ def complain(text: str) -> None:
     print(f"ava_exp: {text}", file=sys.stderr, flush=True)
 
 
-def _must_stay(config: RunConfig) -> list[Fault]:
-    """A point has ended when its process has: one that submits a job and leaves would seem to have failed."""
-    launcher = config.launcher
-    if not isinstance(launcher, SlurmLauncherConfig) or launcher.wait:
-        return []
-    mend = "As many jobs as `sweep.num_parallel` are then in the queue at a time."
-    return [error("launcher.wait", "true in a sweep", launcher.wait, mend)]
+def _check_jobs(definition: Definition, points: Sequence[Point], is_handed_over: bool) -> None:
+    """Raise ConfigError for points that cannot be jobs as they are asked for."""
+    launchers = [point.config.launcher for point in points]
+    jobs = [launcher for launcher in launchers if isinstance(launcher, SlurmLauncherConfig)]
+    if not jobs:
+        return
+    if len(jobs) < len(launchers):
+        raise ConfigError("`launcher` must be the same for all points of a sweep.")
+    stage = points[0].config.stage
+    if stage.computes and not stage.trains:
+        raise ConfigError(must_be("launcher", f"local in a sweep of `stage={stage.name}`, which runs here", "slurm"))
+    if definition.settings.devices:
+        raise ConfigError(must_be("sweep.devices", "empty with `launcher=slurm`", definition.settings.devices))
+    who = "a search" if definition.settings.optuna.space else "`hydra/launcher`" if is_handed_over else None
+    if who is not None and not all(launcher.wait for launcher in jobs):
+        expected = f"true with {who}, which needs to know how a point ended"
+        raise ConfigError(must_be("launcher.wait", expected, False))

@@ -80,6 +80,11 @@ class RunFolder:
         return self.root / "run.lock"
 
     @property
+    def failure(self) -> Path:
+        """Which rank failed, and how, for the others."""
+        return self.root / "failure.json"
+
+    @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 

@@ -23,6 +23,7 @@ from ava_exp.models.decoder import Decoder
 from ava_exp.models.surgery import Surgeon, SurgeryReport
 from ava_exp.optim.schedules import Schedule
 from ava_exp.optim.update import Updater
+from ava_exp.parallel.compression import Distance
 from ava_exp.parallel.ranks import Ranks
 from ava_exp.parallel.strategy import Alone
 from ava_exp.training.depth import DepthTally
@@ -173,6 +174,9 @@ class Trainer(ExpertSurgery):
 
     def _step(self, batches: list[Batch]) -> tuple[StepMetrics, float]:
         started = time.perf_counter()
+        done = self.state.step + 1
+        is_watched = done == self.total_steps or (self.evaluation_interval and done % self.evaluation_interval == 0)
+        self.strategy.distance = Distance() if is_watched else None
         metrics = train_step(
             self.model,
             self.updater,
@@ -232,7 +236,7 @@ class Trainer(ExpertSurgery):
         }
         if metrics.head_counts:
             record["head_load"] = [(counts / counts.sum()).tolist() for counts in metrics.head_counts]
-        return record | self._routing_record() | self._depth_record()
+        return record | metrics.travelled | self._routing_record() | self._depth_record()
 
     def _routing_record(self) -> Record:
         visits = self.visits
@@ -296,8 +300,14 @@ class Trainer(ExpertSurgery):
                 **{f"future_accuracy_{head}": each.accuracy for head, each in enumerate(result.future, start=1)},
                 **{f"future_acceptance_{head}": each.acceptance for head, each in enumerate(result.future, start=1)},
                 **(result.depth.record() if result.depth is not None else {}),
+                **self._compression_record(),
             }
         )
+
+    def _compression_record(self) -> Record:
+        """Return how far the sums of the step before were from exact ones."""
+        distance = self.strategy.distance
+        return {"compression_error": distance.relative} if distance is not None and distance.whole else {}
 
     def _save(self) -> None:
         self.strategy.verify()

@@ -24,6 +24,8 @@ from ava_exp.training.state import TrainState
 
 logger = logging.getLogger(__name__)
 
+KEPT = "rank_"
+"""Before a rank's number: the file of what it remembers beside its random state."""
 SURGERY, PRUNED = "surgery", "pruned"
 """Where a checkpoint tells what surgery made of the model, and keeps the experts that were taken away."""
 MAX_FAILURES_IN_A_ROW = 3
@@ -34,8 +36,12 @@ PAUSE_S = 1.0
 class CheckpointSaver:
     """Writes at most one checkpoint at a time; a failed save keeps the older ones and is made up for by the next."""
 
-    def __init__(self, checkpoints: Path, *, num_best: int, asynchronous: bool) -> None:
+    def __init__(
+        self, checkpoints: Path, *, num_best: int, asynchronous: bool, saved: Callable[[float], None] | None = None
+    ) -> None:
+        """`saved` is called with the seconds that each save took."""
         self.checkpoints, self.num_best = checkpoints, num_best
+        self._saved = saved or (lambda seconds: None)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer") if asynchronous else None
         self._writing: Future[None] | None = None
         self._unsaved: tuple[Snapshot, dict[int, float]] | None = None
@@ -82,7 +88,9 @@ class CheckpointSaver:
             logger.error("checkpoint at step %d was not saved: %s. Older ones are kept.", snapshot.step, error)
             return
         self._failures, self._unsaved = 0, None
-        logger.info("checkpoint at step %d saved in %.2f s", snapshot.step, time.monotonic() - started)
+        seconds = time.monotonic() - started
+        self._saved(seconds)
+        logger.info("checkpoint at step %d saved in %.2f s", snapshot.step, seconds)
         try:
             removed = prune_checkpoints(self.checkpoints, evaluations, self.num_best)
             logger.info("checkpoints removed: %s", removed)
@@ -105,10 +113,11 @@ def take_snapshot(
     *,
     copy: bool = True,
     drawn: Sequence[tuple[dict[str, Tensor], dict[str, Any]]] | None = None,
+    kept: Sequence[dict[str, Tensor]] = (),
 ) -> Snapshot:
     """Gather everything resumable. With `copy` training can go on while it is written; without it needs no memory, and
     must be written before anything changes: a save that fails and is repeated is made up for by the next one. `drawn`
-    are the random states of all ranks, this one's alone by default.
+    are the random states of all ranks, this one's alone by default, `kept` what else each of them remembers.
     """
     optimizer_tensors, optimizer_numbers = updater.optimizer_state()
     state.loss_scale, state.loss_scale_good_steps = updater.loss_scale.scale, updater.loss_scale.good_steps
@@ -119,6 +128,7 @@ def take_snapshot(
         "optimizer": _copies(optimizer_tensors) if copy else optimizer_tensors,
         **{_random(rank): tensors for rank, (tensors, _) in enumerate(drawn)},
     }
+    tensors |= {f"{KEPT}{rank}": tensors for rank, tensors in enumerate(kept) if tensors}
     if routing := state.routing.to_tensors():
         tensors["routing"] = routing
     surgery, pruned = surgeon.state() if surgeon is not None else (None, {})
@@ -136,6 +146,12 @@ def take_snapshot(
             **extra,
         },
     )
+
+
+def kept_by(ranks: Ranks, snapshot: Snapshot) -> dict[str, Tensor]:
+    """Return what this one of the `ranks` remembered; nothing where they were others, whose memory is of no use."""
+    saved = {name: tensors for name, tensors in snapshot.tensors.items() if name.startswith(KEPT)}
+    return saved[f"{KEPT}{ranks.rank}"] if len(saved) == ranks.num_ranks else {}
 
 
 def _random(rank: int) -> str:
@@ -178,7 +194,10 @@ def restore_weights(snapshot: Snapshot, updater: Updater, surgeon: Surgeon | Non
     """Put a snapshot's weights back, and nothing else. Raises CheckpointError when they do not fit the model."""
     if surgeon is not None:
         if updater.is_sharded and snapshot.state.get(SURGERY) is not None:
-            raise CheckpointError("this run's experts were operated on, which `distributed=ddp` can go on with only.")
+            raise CheckpointError(
+                "this run's experts were operated on: go on with whole ones, with `distributed=ddp` and no "
+                "`distributed.expert_parallel`."
+            )
         follow_surgery(snapshot, surgeon)
     load_weights(snapshot, {**updater.weights, **updater.buffers}, updater.cut)
     updater.round_masters()

@@ -32,6 +32,8 @@ class StepMetrics:
     head_counts: list[Tensor] = field(default_factory=list)
     """By layer with a mixture of heads, how many tokens chose each of the routed ones, (R,) int64."""
     depths: DepthTally = field(default_factory=DepthTally)
+    travelled: dict[str, float] = field(default_factory=dict)
+    """How gradients and tokens travelled between ranks, where that is not as usual."""
 
 
 def train_step(
@@ -79,4 +81,5 @@ def train_step(
         tally=tally.experts,
         head_counts=tally.head_counts,
         depths=tally.depths,
+        travelled=strategy.record(),
     )

@@ -16,7 +16,8 @@ STARTER = Path(__file__).with_name("start_rank.py")
 HEARTBEAT = "AVA_EXP_HEARTBEAT"
 """Where a rank finds the path of its own heartbeat file.
 
-It touches the file whenever it has finished a step, and removes it when there are no more steps to do.
+Whenever it has finished a step it writes there how many seconds it would take to save and stop; it removes the file
+when there are no more steps to do.
 """
 DUMP_SIGNAL = signal.SIGQUIT
 """On this a rank writes the stacks of its threads to its standard error."""
@@ -107,6 +108,13 @@ class Rank:
         if beat_ns != self._last_beat_ns:
             self._last_beat_ns, self._moved_at = beat_ns, now
         return now - self._moved_at
+
+    def stopping_s(self) -> float:
+        """Return how long the rank says that it takes to save and stop; 0 where it does not know."""
+        try:
+            return float(self.heartbeat.read_text())
+        except (OSError, ValueError):  # there are no steps to do, or it is just being written
+            return 0.0
 
     def is_stopped(self) -> bool:
         """Whether somebody stopped the process with a signal. Only Linux tells."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from ava_exp.errors import UserError
 
 SECONDS = 30.0
+TIME_LEFT = re.compile(r"(?:(?:(?P<days>\d+)-)?(?P<hours>\d+):)?(?P<minutes>\d+):(?P<seconds>\d+)")
+ARRAY = re.compile(r"(?P<array>\d+)_\[(?P<indices>[\d,-]+)(?:%\d+)?\]")
 ACTIVE = frozenset(
     {
         "PENDING",
@@ -42,37 +46,86 @@ def require() -> None:
 
 
 def states(job_ids: Iterable[str]) -> dict[str, str]:
-    """Return the state of each job that SLURM still knows, in its words (`PENDING`, `RUNNING`, `COMPLETED`, …)."""
-    wanted = sorted(set(job_ids))
+    """Return the state of each job that SLURM still knows, in its words (`PENDING`, `RUNNING`, `COMPLETED`, …).
+
+    A job of an array is called `<array>_<index>`.
+    """
+    wanted = set(job_ids)
     if not wanted or not is_here():
         return {}
-    found = _read(["squeue", "--noheader", "--states=all", "--format=%i|%T", f"--jobs={','.join(wanted)}"])
-    for missing in [job_id for job_id in wanted if job_id not in found]:  # one that is unknown hides all others
-        found |= _read(["squeue", "--noheader", "--states=all", "--format=%i|%T", f"--jobs={missing}"])
-    ended = [job_id for job_id in wanted if job_id not in found]
-    if ended and shutil.which("sacct"):
-        found |= _read(
-            ["sacct", "--noheader", "--allocations", "--parsable2", "--format=JobID,State", f"--jobs={','.join(ended)}"]
-        )
-    return {job_id: state for job_id, state in found.items() if job_id in wanted}
+    whole = _whole(wanted)
+    found = _in_queue(whole)
+    for missing in sorted(whole - _whole(found)) if len(whole) > 1 else []:  # one that is unknown hides all
+        found |= _in_queue({missing})
+    if (ended := whole - _whole(found)) and shutil.which("sacct"):
+        jobs = f"--jobs={','.join(sorted(ended))}"
+        found |= _read(["sacct", "--noheader", "--allocations", "--parsable2", "--format=JobID,State", jobs])
+    # Jobs of an array that were cancelled before they began have its name.
+    states_of = {job_id: found.get(job_id, found.get(job_id.partition("_")[0])) for job_id in wanted}
+    return {job_id: state for job_id, state in states_of.items() if state is not None}
+
+
+def _whole(job_ids: Iterable[str]) -> set[str]:
+    """Return the jobs, with an array in place of those of its own."""
+    return {job_id.partition("_")[0] for job_id in job_ids}
+
+
+def _in_queue(job_ids: set[str]) -> dict[str, str]:
+    return _read(
+        ["squeue", "--array", "--noheader", "--states=all", "--format=%i|%T", f"--jobs={','.join(sorted(job_ids))}"]
+    )
 
 
 def _read(command: list[str]) -> dict[str, str]:
     pairs = [line.strip().split("|") for line in _output(command).splitlines() if "|" in line]
-    return {job_id: state.split()[0] for job_id, state in pairs if state}  # `CANCELLED by 1000`
+    # A state may be `CANCELLED by 1000`.
+    return {job_id: state.split()[0] for ids, state in pairs if state for job_id in _each(ids)}
+
+
+def _each(job_ids: str) -> list[str]:
+    """Return the jobs that are meant by `7_[0-2,5%2]`, as those of an array that wait are written."""
+    match = ARRAY.fullmatch(job_ids)
+    if match is None:
+        return [job_ids]
+    ranges = [part.partition("-") for part in match["indices"].split(",")]
+    return [
+        f"{match['array']}_{index}" for first, _, last in ranges for index in range(int(first), int(last or first) + 1)
+    ]
 
 
 def _output(command: list[str]) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+        done = subprocess.run(
+            command,
+            env={**os.environ, "SLURM_BITSTR_LEN": "0"},  # or long lists of indices end in dots
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+            check=False,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout
 
 
-def cancel(job_id: str) -> None:
-    """End a job, pending or running. Raises UserError when SLURM refuses."""
-    _do(["scancel", job_id], f"job {job_id} could not be cancelled")
+def time_left_s(job_id: str) -> float | None:
+    """Return how long a running job may go on; None where that has no limit or is not known."""
+    text = _output(["squeue", "--noheader", "--format=%L", f"--jobs={job_id}"]).strip()
+    match = TIME_LEFT.fullmatch(text)
+    if match is None:
+        return None
+    days, hours, minutes, seconds = (int(match[name] or 0) for name in ("days", "hours", "minutes", "seconds"))
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+
+
+def cancel(job_ids: Sequence[str]) -> None:
+    """End jobs, pending or running. Raises UserError when SLURM refuses."""
+    _do(["scancel", *job_ids], f"{named(job_ids)} could not be cancelled")
+
+
+def named(job_ids: Sequence[str]) -> str:
+    """Return `job 7` or `jobs 7 and 8`."""
+    return f"job{'s' if len(job_ids) > 1 else ''} {' and '.join(job_ids)}"
 
 
 def requeue(job_id: str) -> None:
@@ -100,8 +153,8 @@ class SlurmJobs:
         """Whether a job in this state has not ended."""
         return state in ACTIVE
 
-    def cancel(self, job_id: str) -> None:
-        """End a job. Raises UserError when that is not possible."""
+    def cancel(self, job_ids: Sequence[str]) -> None:
+        """End jobs. Raises UserError when that is not possible."""
         if not is_here():
-            raise UserError(f"job {job_id} is on a cluster, and `scancel` is not on this machine.")
-        cancel(job_id)
+            raise UserError(f"{named(job_ids)}: on a cluster, and `scancel` is not on this machine.")
+        cancel(job_ids)

@@ -33,6 +33,8 @@ class SlurmTask:
     max_requeues: int
     ended: str
     """A folder in which every task that has ended leaves a file."""
+    finished: str | None = None
+    """A file that the first task makes when the job has ended well."""
 
     def __call__(self) -> int:
         """Run the rank of this task. Ends the process with the rank's exit code where that is not 0."""
@@ -40,13 +42,21 @@ class SlurmTask:
             signal.signal(number, signal.SIG_IGN)
         place = place_in_job()
         command = [sys.executable, "-m", "ava_exp", *self.overrides]
-        supervisor = Supervisor(command, [place], grace_s=self.grace_s, hang_timeout_s=self.hang_timeout_s)
+        supervisor = Supervisor(
+            command,
+            [place],
+            grace_s=self.grace_s,
+            hang_timeout_s=self.hang_timeout_s,
+            time_left_s=slurm_commands.time_left_s(own_id()),
+        )
         outcome = supervisor.run()
         self._wait_for_the_others(place)
         if not outcome.is_resumable:
             if outcome.code != EXIT_OK:
                 raise SystemExit(outcome.code)
-            return outcome.code
+            if place.rank == 0 and self.finished is not None:
+                Path(self.finished).touch()
+            return EXIT_OK
         if place.rank == 0 and not self._requeue():
             raise SystemExit(EXIT_RESUMABLE)
         return EXIT_OK
@@ -62,7 +72,7 @@ class SlurmTask:
 
     def _requeue(self) -> bool:
         """Put the job back into the queue, unless somebody ended it on purpose; tell what was done."""
-        job_id = os.environ["SLURM_JOB_ID"]
+        job_id = own_id()
         state = slurm_commands.states([job_id]).get(job_id, "UNKNOWN")
         if state != "RUNNING":  # cancelled, or requeued by the cluster itself
             tell(f"stopped; job {job_id} is {state}, and is left to whoever made it so.")
@@ -77,6 +87,12 @@ class SlurmTask:
             return False
         tell(f"stopped; job {job_id} is back in the queue and will go on from there.")
         return True
+
+
+def own_id() -> str:
+    """Return what this job is called; in an array that is not its number."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
 
 
 def restarts() -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ava_exp.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, EXIT_RESUMABLE
+from ava_exp.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, EXIT_OTHER_RANK, EXIT_RESUMABLE
 from ava_launchers.rank import DUMP_SIGNAL, Place, Rank
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
@@ -50,18 +50,26 @@ class Supervisor:
         places: one for each rank on this machine.
         grace_s: after a failure the others have this long to end by themselves; then they are killed.
         hang_timeout_s: a rank that has finished a step and then none for so long hangs; None is never.
+        time_left_s: the ranks are told to stop so early that a step and a save fit in, by their own measurements.
     """
 
     def __init__(
-        self, command: list[str], places: Sequence[Place], *, grace_s: float, hang_timeout_s: float | None
+        self,
+        command: list[str],
+        places: Sequence[Place],
+        *,
+        grace_s: float,
+        hang_timeout_s: float | None,
+        time_left_s: float | None = None,
     ) -> None:
         self.command, self.places = command, places
+        self._end = None if time_left_s is None else time.monotonic() + time_left_s
         self.grace_s, self.hang_timeout_s = grace_s, hang_timeout_s
         self._stops: set[signal.Signals] = set()
         self._ranks: list[Rank] = []
         self._ended: list[Rank] = []
         self._deadline: float | None = None
-        self._hangs = False
+        self._hangs = self._has_cause = False
         self._output = Output()
         self._reminded_at = 0.0
 
@@ -98,12 +106,15 @@ class Supervisor:
         self._ended += fresh
         for rank in filter(self._has_failed, fresh):
             rank.kill()  # its children
-            if self._deadline is None:
-                self._deadline = time.monotonic() + self.grace_s
+            self._deadline = self._deadline or time.monotonic() + self.grace_s
+            if not self._has_cause and rank.code != EXIT_OTHER_RANK:
+                self._has_cause = True
                 self._report(rank)
         if self._deadline is not None and time.monotonic() > self._deadline:
             for rank in self._alive():
                 rank.kill()
+        if self._end is not None and not self._stops:
+            self._warn_in_time(self._end - time.monotonic())
         if signal.SIGUSR2 in self._stops:
             self._remind()
         if self.hang_timeout_s is not None and self._deadline is None:
@@ -124,6 +135,15 @@ class Supervisor:
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
         rest = f" The other {others} on this machine are given {self.grace_s:g} s to end." if others else ""
         tell(f"rank {rank.number} {how}.{rest}")
+
+    def _warn_in_time(self, left_s: float) -> None:
+        """Warn as the cluster does, but as early as this run needs it."""
+        stopping_s = max((rank.stopping_s() for rank in self._alive()), default=0.0)
+        if stopping_s and stopping_s > left_s - LOOK_EVERY_S:
+            tell(
+                f"{left_s:.0f} s of the job's time are left, and stopping takes up to {stopping_s:.0f} s: stopping now."
+            )
+            self._stops.add(signal.SIGUSR2)
 
     def _remind(self) -> None:
         """Repeat SIGUSR2, which a rank that is still starting ignores."""
@@ -152,14 +172,15 @@ class Supervisor:
             rank.kill()
 
     def _is_told_by_the_first(self) -> bool:
-        """Whether rank 0 is here and ended as the first failure did: then the others' sentences are its own."""
+        """Whether rank 0 is here and ended as the first failure did, or because of it: then it has told what the others
+        tell."""
         first = self._ranks[0] if self._ranks else None
-        return first is not None and first.number == 0 and first.code == self._exit_code()
+        return first is not None and first.number == 0 and first.code in (self._exit_code(), EXIT_OTHER_RANK)
 
     def _exit_code(self) -> int:
         if self._hangs:
             return EXIT_FAILURE
-        for rank in self._ended:
+        for rank in sorted(self._ended, key=lambda rank: rank.code == EXIT_OTHER_RANK):
             if rank.code is not None and self._has_failed(rank):
                 return rank.code if rank.code > 0 else 128 - rank.code
         return max((rank.code or 0 for rank in self._ended), default=EXIT_FAILURE)

@@ -87,9 +87,12 @@ def prepare() -> None:
     import torch
 
     from ava_exp import runtime
+    from ava_exp.config import compose
     from ava_exp.stages import assembly, pretrain
+    from tests.faults.server import remembered
 
     torch.set_num_threads(1)
+    compose.compose = remembered(compose.compose)  # every run is compared with the default
     code = assembly.code_fingerprint()
     assembly.code_fingerprint = lambda: code
     runtime.measured_rates = functools.cache(runtime.measured_rates)

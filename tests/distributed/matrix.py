@@ -12,7 +12,7 @@ import fcntl
 import functools
 import operator
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,12 +26,13 @@ from tests.golden.pages import filled, markdown
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "distributed.md"
 
+TIMEOUT_S = 1000.0
 NUM_STEPS = 8
 NUM_SEQUENCES = 8
 """Of a step, over all ranks and micro-batches."""
 ACCUMULATIONS = (1, 2)
-FP32, BF16 = "precision=fp32", "precision=mixed_bf16"
-NARROW, ROUNDED_BY_CHANCE = "precision=bf16", "precision=bf16 precision.stochastic_rounding=true"
+FP32, BF16, NARROW = (f"precision.training={name}" for name in ("fp32", "mixed_bf16", "bf16"))
+ROUNDED_BY_CHANCE = f"{NARROW} precision.stochastic_rounding=true"
 EXPERTS = ("sparsity=moe", "router=topk", "model.num_experts=16", "sparsity.router.moe_top_k=1")
 """More of them than a rank's tokens use: there are always some that one rank's tokens chose and another's did not."""
 DEPTH = ("mod=learned", "mod.layers=alternating")
@@ -53,6 +54,8 @@ OTHERS: dict[str, tuple[str, ...]] = {
     ),
     "multi-token": ("sparsity=moe", "prediction=multi_token", "loss=label_smoothing"),
 }
+Row = tuple[Backend, int]
+"""A back end and its number of ranks."""
 HEADER = ("`distributed=`", "ranks", "accumulation", *KINDS, "others", "`mixed_bf16`")
 
 
@@ -134,18 +137,27 @@ def trainings_of(backend: Backend) -> list[Training]:
     return [each for each in TRAININGS if not has_masters or each.precision not in (NARROW, ROUNDED_BY_CHANCE)]
 
 
-def rows() -> Iterator[tuple[Backend, int]]:
+def rows() -> Iterator[Row]:
     """Yield every back end with its numbers of ranks."""
     for backend in Backend:
         if backend not in ELSEWHERE:
             yield from ((backend, num_ranks) for num_ranks in ((1, 2, 4) if backend is Backend.ddp else (1, 2)))
 
 
-def train_all(folder: Path, backend: Backend, num_ranks: int) -> dict[Training, list[Ended]]:
-    """Let ranks that are started once train everything in `folder`; return how each training ended, by rank."""
-    trainings = trainings_of(backend)
-    commands = [Command(overrides=each.experiment(folder, num_ranks, backend).command) for each in trainings]
-    return dict(zip(trainings, run_in_group(num_ranks, commands), strict=True))
+def starts() -> list[list[Row]]:
+    """Return the rows whose ranks are started together: those of one library and as many ranks."""
+    together: dict[tuple[bool, int], list[Row]] = {}
+    for backend, num_ranks in rows():
+        together.setdefault((backend.zero_stage is None, num_ranks), []).append((backend, num_ranks))
+    return [*together.values()]
+
+
+def train_all(folder: Path, start: Sequence[Row]) -> dict[tuple[Row, Training], list[Ended]]:
+    """Let ranks that are started once train everything of some rows; return how each ended, by rank."""
+    trainings = [((backend, num_ranks), each) for backend, num_ranks in start for each in trainings_of(backend)]
+    runs = [each.experiment(folder / backend.value, num_ranks, backend) for (backend, num_ranks), each in trainings]
+    commands = [Command(overrides=run.command) for run in runs]
+    return dict(zip(trainings, run_in_group(start[0][1], commands, TIMEOUT_S), strict=True))
 
 
 def train_reference(folder: Path) -> Path:
@@ -154,28 +166,29 @@ def train_reference(folder: Path) -> Path:
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "done").exists():
-            for training, ended in train_all(folder, Backend.single, 1).items():
+            for training, ended in train_all(folder, [(Backend.single, 1)]).items():
                 assert [each.code for each in ended] == [0], f"{training}: {ended}"
             (folder / "done").touch()
     return folder
 
 
 def compare(folder: Path, reference: Path, backend: Backend) -> dict[Training, Difference]:
-    """Return how far all that a back end trained in one folder is from what was trained in the other."""
+    """Return how far all that a back end trained in one folder is from what one process trained in the other."""
     differences = {}
     for training in trainings_of(backend):
-        pair = (training.experiment(place, 1, Backend.single).folder for place in (folder, reference))
-        differences[training] = difference(*pair)
+        ours = training.experiment(folder / backend.value, 1, backend)
+        theirs = training.experiment(reference / Backend.single.value, 1, Backend.single)
+        differences[training] = difference(ours.folder, theirs.folder)
     return differences
 
 
 def difference(run: RunFolder, reference: RunFolder) -> Difference:
     """Return how far two runs are from each other, which have had the same sequences in every step."""
     found = Difference()
-    pairs = [of_kind(read_metrics(each.metrics), "train") for each in (run, reference)]
-    assert len(pairs[0]) == len(pairs[1]) == NUM_STEPS
+    pairs = [read_metrics(each.metrics) for each in (run, reference)]
+    assert [len(of_kind(records, "train")) for records in pairs] == [NUM_STEPS] * 2
     for step, expected in zip(*pairs, strict=True):
-        assert all(step[name] == expected[name] for name in ("sample_crc32", "tokens"))
+        assert all(step.get(name) == expected.get(name) for name in ("kind", "sample_crc32", "tokens"))
         for name in expected:
             if name.endswith("loss") or name == "grad_norm":
                 found |= Difference(numbers=abs(step[name] - expected[name]) / abs(expected[name]))
@@ -197,7 +210,7 @@ def _largest(one: object, other: object) -> float:
     return max((_largest(*pair) for pair in zip(one, other, strict=True)), default=0.0)
 
 
-def table(measured: Mapping[tuple[Backend, int], Mapping[Training, Difference]]) -> str:
+def table(measured: Mapping[Row, Mapping[Training, Difference]]) -> str:
     """Return the table: what was measured, by row and training."""
     lines = []
     for (backend, num_ranks), found in measured.items():
@@ -215,12 +228,12 @@ def main() -> None:
     measured = {}
     with tempfile.TemporaryDirectory() as place:
         reference = train_reference(Path(place) / "reference")
-        for backend, num_ranks in rows():
-            folder = Path(place) / f"{backend.value}_{num_ranks}"
-            train_all(folder, backend, num_ranks)
-            measured[backend, num_ranks] = compare(folder, reference, backend)
-            print(backend, num_ranks, *measured[backend, num_ranks].items(), sep="\n", flush=True)
-    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), {"matrix": table(measured)}), encoding="utf-8")
+        for number, start in enumerate(starts()):
+            folder = Path(place) / str(number)
+            train_all(folder, start)
+            measured |= {row: compare(folder, reference, row[0]) for row in start}
+    page = filled(PAGE.read_text(encoding="utf-8"), {"matrix": table({row: measured[row] for row in rows()})})
+    PAGE.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

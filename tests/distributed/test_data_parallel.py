@@ -16,7 +16,12 @@ from tests.faults.harness import NUM_STEPS, Experiment, observed
 pytestmark = pytest.mark.timeout(600)
 
 TWO = ("hardware.num_devices=2", "training.batch_size=2")
-DETERMINISTIC = ("model.dropout=0", "sparsity.router.jitter=0", "optimizer.learning_rate=1e-3")
+DETERMINISTIC = (
+    "model.dropout=0",
+    "sparsity.router.jitter=0",
+    "model.load_balancing_weight=0",  # which depends on how a step is cut into micro-batches
+    "optimizer.learning_rate=1e-3",
+)
 
 
 def steps_of(experiment: Experiment) -> list[dict[str, object]]:
@@ -57,20 +62,21 @@ def test_what_happens_to_one_rank_happens_to_all(tmp_path: Path, backend: str) -
 
 
 def test_a_run_goes_on_in_other_shapes(tmp_path: Path) -> None:
-    """With copies, cut into parts, and as one process: the same sequences in the same order, and the same weights."""
+    """With copies, cut into parts by torch and by DeepSpeed, with copies again, and as one process: the same sequences
+    in the same order, and the same weights."""
     one = Experiment(output_dir=tmp_path / "one", overrides=(*DETERMINISTIC, "training.batch_size=4"))
     one.finish()
     other = Experiment(output_dir=tmp_path / "other", overrides=(*DETERMINISTIC, *TWO))
-    shapes = ("ddp", "fsdp2", "ddp")
+    shapes = ("ddp", "fsdp2", "zero3", "ddp")
     ends = run_in_group(
         2,
         [
-            Command(overrides=[*other.command, f"distributed={shape}"], fault=Fault(rank=0, step=3, action="SIGTERM"))
+            Command(overrides=[*other.command, f"distributed={shape}"], fault=Fault(rank=0, step=2, action="SIGTERM"))
             for shape in shapes
         ],
     )
     assert [[ended.code for ended in each] for each in ends] == [[EXIT_RESUMABLE] * 2] * len(shapes), ends
-    assert len(steps_of(other)) == 3 * len(shapes) < NUM_STEPS
+    assert len(steps_of(other)) == 2 * len(shapes) < NUM_STEPS
     other.finish(also=("hardware.num_devices=1",))
     for step, expected in zip(steps_of(other), steps_of(one), strict=True):
         assert (step["sample_crc32"], step["tokens"]) == (expected["sample_crc32"], expected["tokens"])

@@ -7,20 +7,25 @@ from pathlib import Path
 
 import pytest
 
-from ava_exp.config.distributed import Backend
 from tests.distributed.matrix import (
     ACCUMULATIONS,
     HEADER,
     IN_FP32,
     IN_MIXED,
     PAGE,
+    Row,
     compare,
     rows,
+    starts,
     train_all,
     train_reference,
 )
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1200)
+
+
+def name_of(start: list[Row]) -> str:
+    return "-".join([*(backend.value for backend, _ in start), str(start[0][1])])
 
 
 @pytest.fixture(scope="session")
@@ -31,14 +36,17 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train_reference(shared / "one_process")
 
 
-@pytest.mark.parametrize(("backend", "num_ranks"), rows(), ids=lambda value: getattr(value, "value", str(value)))
-def test_ranks_train_as_one_process_does(tmp_path: Path, reference: Path, backend: Backend, num_ranks: int) -> None:
-    for training, ended in train_all(tmp_path, backend, num_ranks).items():
-        assert [each.code for each in ended] == [0] * num_ranks, f"{training}: {ended}"
+@pytest.mark.parametrize(
+    "start", starts(), ids=lambda start: "-".join([*(backend.value for backend, _ in start), str(start[0][1])])
+)
+def test_ranks_train_as_one_process_does(tmp_path: Path, reference: Path, start: list[Row]) -> None:
+    for ((backend, num_ranks), training), ended in train_all(tmp_path, start).items():
+        assert [each.code for each in ended] == [0] * num_ranks, f"{backend}, {training}: {ended}"
         if num_ranks > 1 and training.kind == "experts":
             assert any(each.num_idle for each in ended), "an expert without tokens on one rank is what this is about"
-    for training, found in compare(tmp_path, reference, backend).items():
-        assert found.is_within(training.bound), f"{training}: {found}"
+    for row in start:
+        for training, found in compare(tmp_path, reference, row[0]).items():
+            assert found.is_within(training.bound), f"{row}, {training}: {found}"
 
 
 def test_the_page_has_every_back_end_within_its_bounds() -> None:

@@ -178,10 +178,3 @@ def test_a_search_is_run_pruned_and_goes_on(program: CommandLine, tmp_path: Path
     points = records(tmp_path)
     assert [point["trial"] for point in points] == [0, 1, 2]
     assert again.out.count(": started") == 1
-
-
-def test_a_point_that_would_leave_its_job_alone_is_refused(program: CommandLine) -> None:
-    outcome = program("-m", *SMALL, *DATA, "seed=0,1", "launcher=slurm")
-    assert outcome.code != EXIT_OK
-    assert "`launcher.wait` must be true in a sweep, but is False instead." in outcome.out + outcome.err
-    assert "Traceback" not in outcome.err

@@ -42,8 +42,11 @@ class Cluster(Workplace):
 
     def wait_for(self, job_id: str, state: str = "COMPLETED") -> None:
         """Wait until a job has ended, and see that it ended so."""
-        self.wait_until(lambda: self.state(job_id) not in ACTIVE, f"the end of job {job_id}")
+        self.wait_for_end(job_id)
         assert self.state(job_id) == state, self.story()
+
+    def wait_for_end(self, job_id: str) -> None:
+        self.wait_until(lambda: self.state(job_id) not in ACTIVE, f"the end of job {job_id}")
 
     def cancel_all(self) -> None:
         """End what this test has started and has not ended."""

@@ -15,9 +15,8 @@ from tests.slurm import conftest
 def as_root_with_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.platform", "linux")
     monkeypatch.setattr("os.geteuid", lambda: 0)
-    monkeypatch.setattr("shutil.which", lambda name: f"/usr/sbin/{name}")
     monkeypatch.setattr(conftest, "find_spec", lambda name: name)
-    monkeypatch.delenv(conftest.MAY_INSTALL, raising=False)
+    monkeypatch.setenv(conftest.WANTED, "1")
 
 
 def test_with_everything_there_is_none() -> None:
@@ -27,8 +26,8 @@ def test_with_everything_there_is_none() -> None:
 def test_each_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conftest, "find_spec", lambda name: None)
     assert "submitit is not installed" in str(conftest.obstacle())
-    monkeypatch.setattr("shutil.which", lambda name: None)
-    assert "SLURM is not installed; with AVA_EXP_TEST_SLURM=1" in str(conftest.obstacle())
+    monkeypatch.delenv(conftest.WANTED)
+    assert "only where AVA_EXP_TEST_SLURM=1 asks for it" in str(conftest.obstacle())
     monkeypatch.setattr("os.geteuid", lambda: 1000)
     assert "needs root" in str(conftest.obstacle())
     monkeypatch.setattr("sys.platform", "darwin")

@@ -210,9 +210,10 @@ def test_the_peak_of_a_gpu_is_what_torch_allocated(monkeypatch: pytest.MonkeyPat
 def test_a_process_that_is_watched_tells_of_its_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "beat"
     monkeypatch.setenv("AVA_EXP_HEARTBEAT", str(path))
-    with runtime.heartbeat() as beat:
+    with runtime.heartbeat(lambda: 2.5) as beat:
         assert not path.exists(), "preparing is no step"
         beat({})
+        assert path.read_text() == "2.500", "how long stopping would take"
         before = path.stat().st_mtime_ns
         time.sleep(0.02)
         beat({})
@@ -223,6 +224,6 @@ def test_a_process_that_is_watched_tells_of_its_steps(tmp_path: Path, monkeypatc
 
 def test_a_process_that_nobody_watches_tells_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AVA_EXP_HEARTBEAT", raising=False)
-    with runtime.heartbeat() as beat:
+    with runtime.heartbeat(lambda: 2.5) as beat:
         beat({})
     assert not faulthandler.unregister(signal.SIGQUIT)

@@ -41,8 +41,8 @@ class SortedRows:
         return torch.searchsorted(self.ends, position, right=True)
 
 
-def sort_assignments(expert_ids_Nk: Tensor, num_experts: int, ragged: bool) -> SortedRows:
-    """Sort by expert. On a CPU, groups are filled up to one of few sizes.
+def sort_assignments(expert_ids_Nk: Tensor, num_experts: int, ragged: bool, *, fill: bool = True) -> SortedRows:
+    """Sort by expert. On a CPU, groups are filled up to one of few sizes if `fill`.
 
     Nothing waits for the device, except if `ragged`: assignments to -1 are then left out, and their number decides
     how many rows there are.
@@ -61,7 +61,7 @@ def sort_assignments(expert_ids_Nk: Tensor, num_experts: int, ragged: bool) -> S
     ends = torch.searchsorted(experts, torch.arange(num_experts, device=device), right=True)
     row = torch.arange(order.numel(), device=device)
     num_rows = order.numel()
-    if device.type == "cpu":
+    if fill and device.type == "cpu":
         counts = ends.diff(prepend=ends.new_zeros(1))
         filled = torch.tensor([fill_up(count) for count in counts.tolist()])
         row = row + ((filled - counts).cumsum(0) - (filled - counts))[experts]

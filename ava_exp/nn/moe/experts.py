@@ -14,6 +14,7 @@ from ava_exp.errors import ConfigError
 from ava_exp.nn.activation import build_mixture, draw_activation
 from ava_exp.nn.ffn import num_up_rows
 from ava_exp.nn.moe.dispatch import combine, gather, sort_assignments
+from ava_exp.nn.moe.exchange import Exchange
 from ava_exp.nn.packed import Packable, PackedProduct
 
 NORM_EPSILON = 1e-5
@@ -33,7 +34,11 @@ class Experts(Packable):
 
     Every expert takes part in the graph, also without tokens: its gradient is then zero, not missing. The stacks may
     hold `num_closed` experts more, after those that tokens can be sent to.
+
+    With an `exchange` they are this rank's share of the experts, and tokens go to those of other ranks, too.
     """
+
+    exchange: Exchange | None = None
 
     def __init__(
         self,
@@ -66,11 +71,27 @@ class Experts(Packable):
         nothing, and whose weight gets a gradient of zero whatever its value. On a GPU, `ragged` waits for the device.
         Raises `ConfigError` when the grouped back end is asked for and cannot compute this format or these widths.
         """
+        if self.exchange is not None:
+            return self._on_all_ranks(self.exchange, x_ND, expert_ids_Nk, weights_Nk, ragged)
+        return self._here(x_ND, expert_ids_Nk, weights_Nk, ragged)
+
+    def _on_all_ranks(
+        self, exchange: Exchange, x_ND: Tensor, expert_ids_Nk: Tensor, weights_Nk: Tensor, ragged: bool
+    ) -> Tensor:
+        """Send rows to the ranks that hold their experts; weights are applied to what comes back."""
+        rows = sort_assignments(expert_ids_Nk, exchange.num_ranks * self.num_experts, ragged, fill=False)
+        visits = exchange.meet(rows.ends.long().diff(prepend=rows.ends.new_zeros(1, dtype=torch.int64)))
+        x_RD = visits.send(gather(x_ND, rows))
+        ids_R1 = visits.experts[:, None]
+        h_RD = self._here(x_RD, ids_R1, x_RD.new_ones(ids_R1.shape), ragged=False)
+        return combine(visits.send_back(h_RD), rows.weights(weights_Nk), rows)
+
+    def _here(self, x_ND: Tensor, expert_ids_Nk: Tensor, weights_Nk: Tensor, ragged: bool) -> Tensor:
         activate = draw_activation(self.activation, self.mixture)
         if self._packed is not None and not torch.is_grad_enabled():
             return self._with_packed(x_ND, expert_ids_Nk, weights_Nk, activate)
         assert ragged or x_ND.device.type != "cpu" or bool((expert_ids_Nk >= 0).all()), "-1 only if ragged"
-        if not self._use_grouped(x_ND):
+        if not len(x_ND) or not self._use_grouped(x_ND):  # a grouped product of no rows has no backward
             return self._one_by_one(x_ND, expert_ids_Nk, weights_Nk, activate)
         if expert_ids_Nk.shape[1] == self.num_experts and not ragged:
             return self._all_for_all(x_ND, expert_ids_Nk, weights_Nk, activate)
@@ -180,6 +201,11 @@ class Experts(Packable):
         if self.norm is not None:
             h_RF = F.rms_norm(h_RF, h_RF.shape[1:], self.norm[expert], NORM_EPSILON)
         return h_RF if self.share is SharedProjection.down else downs[expert](h_RF)
+
+    def stacks(self) -> list[str]:
+        """Return the names of the parameters that have an entry for every expert."""
+        stacked = [name for name, _ in self.named_parameters(recurse=False)]
+        return [name for name in stacked if self.share is SharedProjection.none or name != self.share.value]
 
     def _stacks(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return `up`, `down` and `norm` of the experts that tokens can be sent to."""

@@ -72,6 +72,7 @@ def test_identity_does_not_depend_on_how_the_run_was_written_down() -> None:
         "stage=evaluate",
         "tracker=none",
         "sweep=learning_rate",
+        "pipeline=longer_texts",
         "hardware=h100",
         "launcher=slurm",
         "resume=never",
@@ -84,6 +85,15 @@ def test_identity_does_not_depend_on_how_the_run_was_written_down() -> None:
 def test_what_is_not_identity_leaves_the_hash_alone(override: str) -> None:
     assert config_hash(composed(override)) == config_hash(composed())
     assert override.partition("=")[0].partition(".")[0] in NOT_IDENTITY
+
+
+def test_compressed_gradients_make_another_run() -> None:
+    hashes = {
+        config_hash(composed(f"distributed.gradient_compression={name}")) for name in ("none", "fp16", "powersgd")
+    }
+    hashes.add(config_hash(composed("distributed.gradient_compression=powersgd", "distributed.powersgd_rank=8")))
+    assert len(hashes) == 4 and config_hash(composed()) in hashes
+    assert config_hash(composed("distributed.powersgd_rank=8")) == config_hash(composed())
 
 
 @pytest.mark.parametrize("field", sorted(set(field_types(RunConfig)) - NOT_IDENTITY))

@@ -21,6 +21,8 @@ def test_option_composes_and_validates(
     monkeypatch.chdir(tmp_path)
     Path("text.txt").write_text("text")
     needed = {
+        "stage=pipeline": ["pipeline=longer_texts"],
+        **{f"pipeline={name}": ["stage=pipeline"] for name in option_names("pipeline")},
         "data=files": ["data.paths=[text.txt]"],
         "tokenizer=file": ["tokenizer.path=text.txt"],
         "stage=surgery": ["stage.operation=add_expert"],

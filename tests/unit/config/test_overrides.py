@@ -132,6 +132,14 @@ def test_keys_are_not_removed(text: str) -> None:
         check_overrides([text], may_sweep=False)
 
 
+def test_a_section_that_is_left_out_has_no_keys() -> None:
+    with pytest.raises(
+        ConfigError, match=r"`\+tracker\.tags\.x=1` sets a key of `tracker`, which `~tracker` leaves out"
+    ):
+        compose(["~tracker", "+tracker.tags.x=1"])
+    assert compose(["~launcher", "launcher.grace_s=5"]).launcher.grace_s == 5, "this one has a default"
+
+
 @pytest.mark.parametrize("text", ["model=1", "model=null", "model=", "experiment=true"])
 def test_a_group_takes_the_name_of_an_option(text: str) -> None:
     with pytest.raises(ConfigError, match="takes one of"):

@@ -25,7 +25,7 @@ def complaint(*overrides: str) -> str:
         ("model=smal", "`model` has no option `smal`: did you mean `small` or `cpu_small`?"),
         (
             "experiment=nothing_like_it",
-            "`experiment` has no option `nothing_like_it`: it can be `ava_small`, `equal_flops_deepseek`,",
+            "`experiment` has no option `nothing_like_it`: it can be `ava_8gb`, `ava_fast`,",
         ),
         ("seed=1.5", "`seed` must be a whole number, but is 1.5 instead."),
         ("budget.steps=1e6", "`budget.steps` must be a whole number or `null`, but is 1000000.0 instead."),

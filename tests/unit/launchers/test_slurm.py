@@ -9,10 +9,8 @@ import json
 import os
 import re
 import signal
-import stat
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,36 +26,12 @@ from ava_launchers.slurm import SlurmLauncher
 from ava_launchers.slurm_task import SlurmTask
 from ava_launchers.snapshot import take_snapshot
 from ava_launchers.supervisor import STOP_SIGNALS
+from tests.unit.launchers.conftest import Script
 
 if TYPE_CHECKING:
     from tests.conftest import CommandLine
 
 SUBMIT = ("~local", "launcher=slurm", "model=tiny", "tracker=none", "hardware=cpu")
-Script = Callable[[str, str], None]
-
-
-@pytest.fixture
-def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Script:
-    """Puts a program of a cluster on the path: the body of a shell script."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-
-    def write(name: str, body: str) -> None:
-        path = folder / name
-        path.write_text(f"#!/bin/sh\n{body}\n")
-        path.chmod(path.stat().st_mode | stat.S_IXUSR)
-
-    return write
-
-
-@pytest.fixture
-def cluster(script: Script, tmp_path: Path) -> None:
-    """A cluster that takes every job as number 42, keeps the script it was given, and knows of nothing afterwards."""
-    pytest.importorskip("submitit", reason="submitit is not installed: `pip install 'ava_exp[slurm]'`")
-    script("sbatch", f'cp "$1" {tmp_path}/submitted.sh\necho Submitted batch job 42')
-    for name in ("srun", "squeue", "scontrol", "scancel", "sacct"):
-        script(name, f'echo {name} "$@" >>{tmp_path}/asked')
 
 
 def submitted(tmp_path: Path) -> str:
@@ -308,6 +282,17 @@ def test_a_stopped_job_goes_back_into_the_queue(in_job: None, tmp_path: Path) ->
     assert asked(tmp_path) == "requeue 42\n"
 
 
+def test_a_job_of_an_array_goes_back_by_its_own_name(
+    in_job: None, script: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """`SLURM_JOB_ID` is then a number that the queue does not show."""
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "40")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    script("squeue", "echo '40_2|RUNNING'")
+    assert TASK._requeue()
+    assert asked(tmp_path) == "requeue 40_2\n"
+
+
 @pytest.mark.parametrize("state", ["CANCELLED", "COMPLETING", "PENDING", "REQUEUED", "TIMEOUT"])
 def test_what_somebody_ended_or_requeued_is_left_alone(
     in_job: None, script: Script, tmp_path: Path, state: str, capsys: pytest.CaptureFixture[str]
@@ -375,6 +360,16 @@ def test_states_are_those_of_the_jobs_that_were_asked_for(script: Script) -> Non
     assert slurm_commands.states(["1", "2"]) == {"1": "RUNNING", "2": "CANCELLED"}
 
 
+def test_the_jobs_of_an_array_are_told_apart(script: Script, tmp_path: Path) -> None:
+    script("sbatch", "")
+    script("squeue", f"echo \"$@\" >>{tmp_path}/asked; echo '7_0|RUNNING'; echo '7_[1-2,5%2]|PENDING'")
+    found = slurm_commands.states([f"7_{index}" for index in range(5)])
+    assert found == {"7_0": "RUNNING", "7_1": "PENDING", "7_2": "PENDING"}
+    script("squeue", "echo '7|CANCELLED'; echo '7_0|COMPLETED'")
+    assert slurm_commands.states(["7_0", "7_1"]) == {"7_0": "COMPLETED", "7_1": "CANCELLED"}
+    assert "--jobs=7\n" in (tmp_path / "asked").read_text()
+
+
 def test_a_job_that_the_queue_forgot_is_looked_up_in_the_accounts(script: Script) -> None:
     script("sbatch", "")
     script("squeue", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
@@ -382,8 +377,25 @@ def test_a_job_that_the_queue_forgot_is_looked_up_in_the_accounts(script: Script
     assert slurm_commands.states(["5"]) == {"5": "TIMEOUT"}
 
 
+@pytest.mark.parametrize(
+    ("told", "seconds"),
+    [
+        ("0:59", 59),
+        ("12:34", 754),
+        ("1:00:00", 3600),
+        ("2-03:04:05", 183_845),
+        ("UNLIMITED", None),
+        ("NOT_SET", None),
+        ("", None),
+    ],
+)
+def test_the_time_that_a_job_has_left(script: Script, told: str, seconds: float | None) -> None:
+    script("squeue", f"echo '{told}'")
+    assert slurm_commands.time_left_s("42") == seconds
+
+
 def test_a_damaged_record_of_a_job_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "jobs" / "a-1").mkdir(parents=True)
-    for text in ("{", "[]", json.dumps({"id": "1", "surprise": 2})):
-        (tmp_path / "jobs" / "a-1" / "job.json").write_text(text)
+    for text in ("{", "[]", "3", json.dumps([{"id": "1", "surprise": 2}])):
+        (tmp_path / "jobs" / "a-1" / "jobs.json").write_text(text)
         assert all_jobs(tmp_path) == []

@@ -38,9 +38,19 @@ def program(here: Path, body: str) -> list[str]:
     return [sys.executable, "-S", "-c", PRELUDE.format(here=str(here)) + textwrap.dedent(body)]
 
 
-def run(here: Path, body: str, *, num_ranks: int = 2, grace_s: float = 5, hang_timeout_s: float | None = None) -> Ended:
+def run(
+    here: Path,
+    body: str,
+    *,
+    num_ranks: int = 2,
+    grace_s: float = 5,
+    hang_timeout_s: float | None = None,
+    time_left_s: float | None = None,
+) -> Ended:
     places = places_on_this_machine(num_ranks)
-    return Supervisor(program(here, body), places, grace_s=grace_s, hang_timeout_s=hang_timeout_s).run()
+    return Supervisor(
+        program(here, body), places, grace_s=grace_s, hang_timeout_s=hang_timeout_s, time_left_s=time_left_s
+    ).run()
 
 
 def notes(here: Path, name: str) -> list[str]:
@@ -128,6 +138,18 @@ def test_a_rank_that_was_killed_is_the_cause_where_several_fail_at_once(tmp_path
     supervisor = Supervisor(program(tmp_path, body), places_on_this_machine(2), grace_s=5, hang_timeout_s=None)
     supervisor._output.copy = lambda wait_s: time.sleep(1)  # type: ignore[method-assign]  # both have ended by then
     assert supervisor.run().code == 128 + signal.SIGKILL
+
+
+def test_a_rank_that_ends_because_of_another_is_no_cause(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Even where it has ended first; what the cause says of itself is told by rank 0 then."""
+    body = """
+        print("ava_exp: rank 1 failed: it was me", file=sys.stderr)
+        time.sleep(0.6 * (rank == 1))
+        sys.exit(3 if rank == 1 else 76)
+    """
+    assert run(tmp_path, body).code == 3
+    told = [line for line in capfd.readouterr().err.splitlines() if "ava_exp: " in line]
+    assert sorted(told) == ["ava_exp: rank 1 failed with exit code 3.", "ava_exp: rank 1 failed: it was me"]
 
 
 def test_children_of_a_rank_are_ended_with_it(tmp_path: Path) -> None:
@@ -235,6 +257,25 @@ def test_the_warning_of_a_cluster_is_repeated_until_the_ranks_can_answer(
     (tmp_path / "go").touch()
     assert process.wait(20) == EXIT_RESUMABLE
     assert all(seen.startswith("SIGUSR2") for seen in notes(tmp_path, "seen"))
+
+
+@pytest.mark.parametrize(
+    ("rank_says_s", "is_told"), [(["0.5", "2.5"], True), (["0", "0"], False), (["", "0.1"], False)]
+)
+def test_ranks_are_told_to_stop_as_early_as_they_need_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], rank_says_s: list[str], is_told: bool
+) -> None:
+    body = f"""
+        signal.signal(signal.SIGUSR2, lambda *_: sys.exit(75))
+        pathlib.Path(os.environ["AVA_EXP_HEARTBEAT"]).write_text({rank_says_s!r}[rank])
+        time.sleep(2)
+    """
+    started = time.monotonic()
+    ended = run(tmp_path, body, time_left_s=3.2)
+    assert ended.is_resumable == is_told
+    if is_told:
+        assert 0.4 < time.monotonic() - started < 1.9, "2.5 s before the end, which is when the slowest has to begin"
+    assert ("s of the job's time are left, and stopping takes up to" in capfd.readouterr().err) == is_told
 
 
 def test_stopping_ranks_that_cannot_answer_yet_is_no_failure(supervised: Callable[..., subprocess.Popen[str]]) -> None:

@@ -37,8 +37,8 @@ class PlayedCluster:
     def is_active(self, state: str) -> bool:
         return state in ACTIVE
 
-    def cancel(self, job_id: str) -> None:
-        self.cancelled.append(job_id)
+    def cancel(self, job_ids: Sequence[str]) -> None:
+        self.cancelled += job_ids
 
 
 @pytest.fixture
@@ -66,20 +66,28 @@ def run(tmp_path: Path) -> Run:
 
 
 def add_job(output_dir: Path, job_id: str, run_folder: RunFolder | None, name: str = "job") -> JobFolder:
-    folder = JobFolder(output_dir / "jobs" / f"{name}-{job_id}")
+    return add_array(output_dir, name, {job_id: run_folder})
+
+
+def add_array(output_dir: Path, name: str, jobs: dict[str, RunFolder | None]) -> JobFolder:
+    number = next(iter(jobs)).partition("_")[0]
+    folder = JobFolder(output_dir / "jobs" / f"{name}-{number}")
     folder.logs.mkdir(parents=True)
     folder.write(
-        Job(
-            id=job_id,
-            name=name,
-            launcher="launcher/slurm",
-            stage="pretrain",
-            run_folder=str(run_folder.root) if run_folder else None,
-            overrides=["stage=plan", "model=tiny", "seed=1"],
-            directory=str(output_dir.parent / "elsewhere"),
-            submitted=f"2026-01-01T00:00:{int(job_id):02d}+00:00",
-            commit="abc+",
-        )
+        [
+            Job(
+                id=job_id,
+                name=name,
+                launcher="launcher/slurm",
+                stage="pretrain",
+                run_folder=str(run_folder.root) if run_folder else None,
+                overrides=["stage=plan", "model=tiny", "seed=1"],
+                directory=str(output_dir.parent / "elsewhere"),
+                submitted=f"2026-01-01T00:00:{int(number):02d}+00:00",
+                commit="abc+",
+            )
+            for job_id, run_folder in jobs.items()
+        ]
     )
     return folder
 
@@ -236,6 +244,31 @@ def test_a_run_has_many_names(ask: Ask, run: Run, cluster: PlayedCluster, tmp_pa
     folder.point_latest(tmp_path / "outputs")
     add_job(tmp_path / "outputs", "7", folder)
     assert ask("show", name)[1][0].split() == ["name", "a-1"]
+
+
+@pytest.mark.parametrize("name", ["7", "rates-7", "rates"])
+def test_the_jobs_of_an_array_are_shown_watched_and_cancelled_together(
+    ask: Ask, run: Run, cluster: PlayedCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    finished, *others = run("a-1"), run("b-2", "running"), run("c-3", None, num_steps=0)
+    add_array(tmp_path / "outputs", "rates", {"7_0": finished, "7_1": others[0], "7_2": others[1]})
+    add_job(tmp_path / "outputs", "8", run("d-4"))
+    cluster.known = {"7_0": "COMPLETED", "7_1": "RUNNING", "7_2": "PENDING", "8": "RUNNING"}
+    assert [line.split()[-1] for line in ask("show", name)[1]] == ["job", "7_0", "7_1", "7_2"]
+    assert ask("logs", name)[::2] == (2, f"ava_exp: {name} is 3 jobs; name one of them, from 7_0 to 7_2.\n")
+    assert ask("cancel", name)[:2] == (
+        0,
+        ["2 jobs are cancelled. The same command goes on from the newest checkpoint."],
+    )
+    assert cluster.cancelled == ["7_2", "7_1"], "what waits is not to take the place of what ends"
+    monkeypatch.setattr("time.sleep", lambda seconds: cluster.known.update({"7_1": "CANCELLED", "7_2": "CANCELLED"}))
+    code, lines, _ = ask("watch", name)
+    assert (code, [line.partition("  ")[2] for line in lines]) == (
+        1,
+        ["1 finished, 1 pending, 1 running", "1 cancelled, 1 finished, 1 interrupted"],
+    )
+    assert ask("cancel", name)[0] == 2
+    assert ask("show", "7_1")[1][0].split() == ["name", "b-2"], "each has its own name, too"
 
 
 def test_an_older_job_of_a_run_is_found(ask: Ask, run: Run, cluster: PlayedCluster, tmp_path: Path) -> None:
