@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from ava_exp.errors import EXIT_OK, EXIT_RESUMABLE
 from tests.distributed.group import Command, Fault, run_in_group
+from tests.distributed.ranks import start_ranks
 from tests.distributed.test_data_parallel import DETERMINISTIC, TWO, steps_of, weights_of
 from tests.faults.harness import NUM_STEPS, Experiment, observed
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed"),
+]
 
 STAGES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload")
 
@@ -67,3 +72,9 @@ def test_a_run_goes_on_with_any_other_back_end(tmp_path: Path) -> None:
         assert step["loss"] == pytest.approx(expected["loss"], rel=2e-6)
     for name, weight in weights_of(one).items():
         assert (weights_of(other)[name] - weight).abs().max() <= 2e-5, name
+
+
+def test_what_deepspeed_is_not_given() -> None:
+    ended = start_ranks(2, [], module="tests.distributed.zero_worker").wait(120)
+    assert ended.codes == [0, 0], str(ended)
+    assert [out.splitlines()[-1] for out in ended.outs] == ["done", "done"]
