@@ -9,7 +9,7 @@ from enum import Enum
 class Backend(Enum):
     """What keeps ranks together: `single` is one process; with `ddp` every rank has a copy of the model, with `fsdp2` a
     part of it. `zero0` to `zero3` are the stages of DeepSpeed's ZeRO, which cut the optimizer's states, gradients and
-    weights one after another; `zero3_offload` keeps what is cut in the host's memory, `zero_infinity` on a disk.
+    weights one after another; `zero3_offload` keeps what is cut in the host's memory.
     `auto` is `single` for one rank and `ddp` for several."""
 
     auto = "auto"
@@ -21,13 +21,10 @@ class Backend(Enum):
     zero2 = "zero2"
     zero3 = "zero3"
     zero3_offload = "zero3_offload"
-    zero_infinity = "zero_infinity"
 
     @property
     def zero_stage(self) -> int | None:
         """The stage of DeepSpeed's ZeRO; None for what is not DeepSpeed's."""
-        if self is Backend.zero_infinity:
-            return 3
         return int(self.value[4]) if self.value.startswith("zero") else None
 
     @property
@@ -57,5 +54,3 @@ class DistributedConfig:
     gradient_compression: GradientCompression = GradientCompression.none
     powersgd_rank: int = 4
     """Columns of the narrow matrices: more of them lose less."""
-    nvme_path: str | None = None
-    """A folder on a fast disk of each machine, where `zero_infinity` keeps weights and states; no other needs it."""

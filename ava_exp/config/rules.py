@@ -204,15 +204,6 @@ def _deepspeed_keeps_masters(config: RunConfig) -> Iterator[Fault]:
         yield error("precision.training", expected, precision.value, mend)
 
 
-def _a_disk_is_where_it_is_needed(config: RunConfig) -> Iterator[Fault]:
-    path, backend = config.distributed.nvme_path, config.distributed.backend
-    if (backend is Backend.zero_infinity) != (path is not None):
-        is_needed = path is None
-        expected = "a folder on a fast disk" if is_needed else f"null with `distributed={backend.value}`"
-        mend = "" if is_needed else "`distributed=zero_infinity` keeps weights there."
-        yield error("distributed.nvme_path", expected, path, mend)
-
-
 def _compiled_blocks_are_recomputed_whole(config: RunConfig) -> Iterator[Fault]:
     training = config.training
     if training.compile and training.recompute is Recompute.selective:
@@ -263,7 +254,6 @@ RULES: tuple[Rule, ...] = (
     _copies_alone_are_compressed,
     _what_is_cut_is_as_it_is,
     _deepspeed_keeps_masters,
-    _a_disk_is_where_it_is_needed,
     _nodes_are_shared_by_training,
     _single_is_one_task,
     _the_warning_comes_before_the_end,

@@ -129,8 +129,8 @@ TRAININGS = [
     *(Training(kind, 2) for kind in OTHERS),
     *(Training("experts", 2, precision) for precision in (NARROW, ROUNDED_BY_CHANCE)),
 ]
-ELSEWHERE = (Backend.auto, Backend.single, Backend.zero_infinity)
-"""What is one of the others, what is compared with, and what needs a disk."""
+ELSEWHERE = (Backend.auto, Backend.single)
+"""What is one of the others, and what is compared with."""
 
 
 def trainings_of(backend: Backend) -> list[Training]:

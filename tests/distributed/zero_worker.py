@@ -1,0 +1,99 @@
+"""What ranks do in the tests of DeepSpeed: `python -m tests.distributed.zero_worker`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState
+from torch import nn
+
+from ava_exp.config.distributed import Backend, DistributedConfig
+from ava_exp.errors import ConfigError
+from ava_exp.optim.update import Updater
+from ava_exp.parallel import start, zero
+from ava_exp.parallel.ranks import Ranks
+from tests.distributed.worker import CPU
+
+OPTIONS: dict[str, Any] = {"weight_decay": 0.0, "master_weights": False}
+
+
+class Pair(nn.Module):
+    """Two layers, of which one may be left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+
+    def forward(self, uses_other: bool) -> torch.Tensor:
+        y = self.one(torch.ones(1, 4))
+        return (self.other(y) if uses_other else y).sum()
+
+
+def joined(backend: Backend) -> Ranks:
+    return start.join_ranks(DistributedConfig(backend=backend, timeout_s=60), CPU)
+
+
+def descent(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, lr=1.0)
+
+
+def updater_of(model: nn.Module, ranks: Ranks, build: Any = descent) -> zero.ZeroUpdater:
+    accelerator = start.make_accelerator(CPU.device, backend=ranks.backend)
+
+    def engine_of(optimizer: torch.optim.Optimizer) -> Any:
+        return zero.start_engine(accelerator, ranks, model, optimizer)
+
+    return zero.ZeroUpdater(model, build, engine_of=engine_of, ranks=ranks, device=torch.device("cpu"), **OPTIONS)
+
+
+def shapes(ranks: Ranks) -> None:
+    """An optimizer that looks at whole weights is refused where ranks have parts of them."""
+    for build in (torch.optim.Muon, torch.optim.Adafactor):
+        try:
+            updater_of(Pair(), ranks, build)
+        except ConfigError as error:
+            expected = f"{build.__name__} updates whole weights, but with `distributed=zero2`"
+            assert str(error).startswith(expected)  # noqa: PT017 - in a child
+        else:
+            raise AssertionError("nobody noticed")
+
+
+def idle(ranks: Ranks) -> None:
+    """A weight without a gradient is refused before anything is added up."""
+    strategy = zero.Zero(updater_of(Pair(), ranks))
+    try:
+        with strategy.accumulate(is_last=True):
+            assert strategy.backward is not None
+            strategy.backward(strategy.objective(uses_other=False))
+    except ConfigError as error:
+        expected = "all weights must take part in a micro-batch, but other.weight did not"
+        assert expected in str(error)  # noqa: PT017 - in a child
+    else:
+        raise AssertionError("nobody noticed")
+
+
+def copies(ranks: Ranks) -> None:
+    """With stage 0 a weight that no rank used is left as it is; one that another rank used has that one's gradient."""
+    model = Pair()
+    updater = Updater(model, descent, **OPTIONS)
+    accelerator = start.make_accelerator(CPU.device, backend=ranks.backend)
+    strategy = zero.ZeroCopies(zero.start_engine(accelerator, ranks, model, updater.optimizer), updater, ranks)
+    for uses_other in (ranks.rank == 1, False):
+        updater.weights["other.weight"].grad = None
+        with strategy.accumulate(is_last=True):
+            strategy.backward(strategy.objective(uses_other=uses_other))
+        gradient = updater.weights["other.weight"].grad
+        (by_any,) = ranks.largest([uses_other])
+        assert (gradient is not None and bool(gradient.abs().sum() > 0)) == bool(by_any)
+
+
+if __name__ == "__main__":
+    two = joined(Backend.zero2)
+    shapes(two)
+    idle(two)
+    AcceleratorState._reset_state(True)
+    none = joined(Backend.zero0)
+    copies(none)
+    start.leave_ranks(none)
+    print("done")
