@@ -27,7 +27,6 @@ from ava_exp.evaluation.routing import RoutingObserver, choose_probe
 from ava_exp.losses.terms import LossTerm, build_losses
 from ava_exp.models.arithmetic import count_parameters, training_flops
 from ava_exp.models.decoder import Decoder, build_model
-from ava_exp.models.memory import MemoryEstimate, estimate_memory
 from ava_exp.models.surgery import Parameters, Surgeon, count_parameters_of
 from ava_exp.optim.schedules import Schedule
 from ava_exp.optim.update import LossScale, Updater
@@ -81,18 +80,6 @@ def build_trained_decoder(config: RunConfig, runtime: Runtime) -> Decoder:
     if training.compile:
         model.compile_blocks()
     return model
-
-
-def predict_memory(config: RunConfig, runtime: Runtime) -> MemoryEstimate:
-    """Return what training on the run's device is expected to take."""
-    return estimate_memory(
-        config.architecture,
-        precision=runtime.precision,
-        batch_size=runtime.resolution.batch_size,
-        sequence_length=config.data.sequence_length,
-        recompute=config.training.recompute,
-        on_cpu=runtime.device.type == "cpu",
-    )
 
 
 def build_updater(config: RunConfig, runtime: Runtime, model: Decoder) -> Updater:

@@ -42,11 +42,12 @@ from ava_exp.stages.runs import (
     with_initial_weights,
 )
 from ava_exp.stages.steps import announce
+from ava_exp.stages.summary import write_summary
 from ava_exp.tracking.folder import RunFolder
 from ava_exp.tracking.lock import RunLock
 from ava_exp.tracking.logs import RecordLog, configure_logging
 from ava_exp.tracking.metadata import collect_metadata
-from ava_exp.tracking.metrics import MetricsFile, of_kind, read_metrics
+from ava_exp.tracking.metrics import MetricsFile
 from ava_exp.tracking.redaction import redact
 from ava_exp.tracking.report import write_report
 from ava_exp.tracking.trackers import RunStatus, TrackedRun
@@ -187,7 +188,7 @@ class Pretraining:
                 if self.measure is not None:
                     self.measure(measured, runtime, data, state.step)
             parameters = assembly.parameters_of(self.config, model, updater)
-            self._write_summary(status, runtime, data, state, parameters, peak_bytes)
+            write_summary(self.folder, self.config, status, runtime, data, state, parameters, peak_bytes)
             _write_status(self.folder, status, state.step, total_steps)
             report = write_report(self.folder)
         except BaseException:
@@ -428,52 +429,6 @@ class Pretraining:
             stop_id=data.tokenizer.end_of_document_id,
         )
         self.folder.samples.write_text(prompt + data.tokenizer.decode(list(ids)), encoding="utf-8")
-
-    def _write_summary(
-        self,
-        status: RunStatus,
-        runtime: Runtime,
-        data: PreparedData,
-        state: TrainState,
-        parameters: Parameters,
-        peak_bytes: int,
-    ) -> None:
-        records = read_metrics(self.folder.metrics)
-        evaluations, steps = of_kind(records, "eval"), of_kind(records, "train")
-        known = ("loss", "perplexity", "noncausal_loss", "noncausal_perplexity", "bits_per_byte", "token_accuracy")
-        names = [name for name in known if evaluations and name in evaluations[-1]]
-        statistics_of = data.statistics
-        self.folder.write_json(
-            "summary.json",
-            {
-                "status": status.value,
-                "final": {name: evaluations[-1][name] for name in names} if evaluations else None,
-                "baselines": {"gzip": data.baselines.gzip_bits_per_byte, "xz": data.baselines.xz_bits_per_byte},
-                "parameters": dataclasses.asdict(parameters),
-                "steps": state.step,
-                "tokens": state.tokens,
-                "seconds": state.elapsed_s,
-                "tokens_per_s": statistics.median(r["tokens_per_s"] for r in steps) if steps else None,
-                "mfu": statistics.median(r["mfu"] for r in steps) if steps and steps[-1]["mfu"] else None,
-                "memory": {
-                    "predicted_bytes": assembly.predict_memory(self.config, runtime).total,
-                    "peak_bytes": peak_bytes,
-                },
-                "data": {
-                    "train_documents": statistics_of.train.num_documents,
-                    "validation_documents": statistics_of.validation.num_documents,
-                    "train_tokens": statistics_of.train.num_tokens,
-                    "validation_tokens": statistics_of.validation.num_tokens,
-                    "fingerprint": data.fingerprint,
-                },
-                "tokenizer": {
-                    "vocab_size": data.tokenizer.vocab_size,
-                    "bytes_per_token": statistics_of.validation.bytes_per_token,
-                    "fingerprint": data.tokenizer.fingerprint,
-                },
-                "runtime": dataclasses.asdict(runtime.resolution),
-            },
-        )
 
     def _say_goodbye(self, outcome: Outcome, state: TrainState, total_steps: int) -> int:
         if outcome is Outcome.stopped:
