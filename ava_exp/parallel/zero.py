@@ -198,10 +198,16 @@ class ZeroUpdater(Updater):
             if isinstance(value, Tensor) and value.ndim:
                 part.of(state.setdefault(key, torch.zeros_like(part.flat))).copy_(self.cut(name, value))
             elif isinstance(value, Tensor):
-                if not torch.equal(state.setdefault(key, value.clone()).cpu(), value.cpu()):
+                known = state.setdefault(key, value.to(self._counter_device(part.flat), copy=True))
+                if not torch.equal(known.cpu(), value.cpu()):
                     raise ValueError(f"weights that DeepSpeed updates together differ in `{key}`, as {name}")
             else:
                 state[key] = value
+
+    def _counter_device(self, flat: Tensor) -> torch.device:
+        """Return where torch's optimizers look for their count of steps."""
+        beside = any(self.optimizer.defaults.get(key) for key in ("fused", "capturable"))
+        return flat.device if beside else torch.device("cpu")
 
 
 def _part_of_flat(parameter: nn.Parameter, zero: Any, group: dict[str, Any], rank: int) -> Part:
