@@ -40,10 +40,8 @@ def descent(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
 
 
 def updater_of(model: nn.Module, ranks: Ranks, build: Any = descent, **options: Any) -> zero.ZeroUpdater:
-    accelerator = start.make_accelerator(CPU.device, backend=ranks.backend)
-
     def engine_of(optimizer: torch.optim.Optimizer) -> Any:
-        return zero.start_engine(accelerator, ranks, model, optimizer)
+        return zero.start_engine(ranks, model, optimizer)
 
     options = {**OPTIONS, **options}
     return zero.ZeroUpdater(model, build, engine_of=engine_of, ranks=ranks, device=torch.device("cpu"), **options)
@@ -75,6 +73,19 @@ def idle(ranks: Ranks) -> None:
         raise AssertionError("nobody noticed")
 
 
+def ages(ranks: Ranks) -> None:
+    """States of weights that had different numbers of updates cannot be put back where they are updated together."""
+    updater = updater_of(Pair(), ranks, torch.optim.AdamW)
+    one, other = ({f"{name}.weight/step": torch.tensor(step)} for name, step in (("one", 3.0), ("other", 2.0)))
+    for tensors, expected in ((one, "must all have states, but 1 do"), (one | other, "differ in `step`")):
+        try:
+            updater.load_optimizer_state(tensors, {})
+        except ValueError as error:
+            assert expected in str(error)  # noqa: PT017 - in a child
+        else:
+            raise AssertionError("nobody noticed")
+
+
 def scaled(ranks: Ranks) -> None:
     """A loss scale is no part of the norm, nor of what is clipped to it; a step that overflows lowers it."""
     model = Pair()
@@ -101,8 +112,7 @@ def copies(ranks: Ranks) -> None:
     """With stage 0 a weight that no rank used is left as it is; one that another rank used has that one's gradient."""
     model = Pair()
     updater = Updater(model, descent, **OPTIONS)
-    accelerator = start.make_accelerator(CPU.device, backend=ranks.backend)
-    strategy = zero.ZeroCopies(zero.start_engine(accelerator, ranks, model, updater.optimizer), updater, ranks)
+    strategy = zero.ZeroCopies(zero.start_engine(ranks, model, updater.optimizer), updater, ranks)
     for uses_other in (ranks.rank == 1, False):
         updater.weights["other.weight"].grad = None
         with strategy.accumulate(is_last=True):
@@ -116,6 +126,7 @@ if __name__ == "__main__":
     two = joined(Backend.zero2)
     shapes(two)
     idle(two)
+    ages(two)
     for backend in (Backend.zero2, Backend.zero3):
         AcceleratorState._reset_state(True)
         torch.manual_seed(0)
