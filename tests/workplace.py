@@ -84,12 +84,12 @@ class Workplace:
                 found[int(variables["RANK"])] = int(path.parent.name)
         return [pid for _, pid in sorted(found.items())]
 
-    def wait_until(self, condition: Callable[[], object], what: str) -> None:
+    def wait_until(self, condition: Callable[[], object], what: str, every_s: float = 0.05) -> None:
         """Wait until something has happened; tell what did not."""
         until = time.monotonic() + PATIENCE_S
         while not condition():
             assert time.monotonic() < until, f"{what}: did not happen\n{self.story()}"
-            time.sleep(0.05)
+            time.sleep(every_s)
 
     def story(self) -> str:
         """Return what may explain why something did not happen."""

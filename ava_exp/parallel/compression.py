@@ -75,7 +75,7 @@ class LowRankSums:
         bases = [torch.linalg.qr(product).Q for product in sums[: len(products)]]
         own = [matrix.mT @ basis for matrix, basis in zip(matrices.values(), bases, strict=True)]
         factors = self.ranks.add_up(own)
-        is_finite = all(bool(factor.isfinite().all()) for factor in factors)
+        is_finite = all(bool(each.isfinite().all()) for each in (*factors, *sums))
         for (name, matrix), basis, factor in zip(matrices.items(), bases, factors, strict=True):
             total = basis @ factor.mT
             gradients[name].copy_(total)

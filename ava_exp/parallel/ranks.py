@@ -91,7 +91,7 @@ class Ranks:
         if self.num_ranks == 1:
             return [value]
         values: list[Any] | None = [None] * self.num_ranks if self.is_first else None
-        dist.gather_object(value, values, dst=0, group=self.control)
+        dist.gather_object(value, values, group_dst=0, group=self.control)
         return values or []
 
     def wait(self) -> None:

@@ -20,7 +20,7 @@ from accelerate.utils import (
 )
 from torch import nn
 
-from ava_exp.config.distributed import Backend, DistributedConfig
+from ava_exp.config.distributed import Backend, DistributedConfig, GradientCompression
 from ava_exp.config.machine import DeviceType, HardwareConfig
 from ava_exp.errors import ConfigError, must_be
 from ava_exp.parallel import zero
@@ -41,6 +41,10 @@ def join_ranks(distributed: DistributedConfig, hardware: HardwareConfig) -> Rank
         sentence = f"`distributed=single` is one process, but {num_ranks} were started"
         raise ConfigError(f"{sentence}. Choose `distributed=ddp`.")
     if num_ranks == 1 and backend in (Backend.auto, Backend.single):
+        compression = distributed.gradient_compression
+        if compression is not GradientCompression.none:
+            mend = "Ask for more ranks, or for `distributed=ddp` with one."
+            raise ConfigError(must_be("distributed.gradient_compression", "`none` alone", compression.value, mend))
         return Ranks()
     if "RANK" not in os.environ:
         os.environ.update(ONE_RANK, MASTER_PORT=str(_free_port()))

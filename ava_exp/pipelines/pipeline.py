@@ -138,7 +138,7 @@ class Jobs:
         for folder, job in all_jobs(Path(self.pipeline.steps[0].config.output_dir)):
             if folder.root.name.rpartition("-")[0] == self.pipeline.id and job.step is not None:
                 jobs[job.step] = job
-        known = cluster().states([job.id for job in jobs.values()])
+        known = cluster().states([job.id for job in jobs.values()], must_answer=True)
         return {step: known.get(job.id, "UNKNOWN") for step, job in jobs.items()}
 
     def _wait(self) -> int:

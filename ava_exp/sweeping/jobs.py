@@ -49,16 +49,15 @@ class PointJobs:
         left = [point for point in self._points if point.status not in (PointStatus.finished, *AT_WORK)]
         if not left:
             self._tell(f"Nothing is left to submit: {self._counts()}.")
-        while left:
-            self._submit(left)
+        while left or (waits and self._at_work()):
+            if left:
+                self._submit(left)
             left = self._wait_for_failures() if waits else []
-        if waits and self._at_work():
-            self._wait_for_failures()
 
     def update(self) -> None:
         """Find out how every point stands."""
         found = self._jobs_by_run()
-        states = cluster().states([job.id for _, job in found.values()])
+        states = cluster().states([job.id for _, job in found.values()], must_answer=True)
         for point in self._points:
             folder = point.folder
             job_folder, job = found.get(str(folder.root.resolve()), (None, None)) if folder else (None, None)

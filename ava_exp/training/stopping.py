@@ -12,6 +12,10 @@ logger = logging.getLogger(__name__)
 
 SAFETY = 1.5
 """A step or a save may take longer than the longest one so far."""
+NUM_SAVES = 2
+"""One may be under way beside the training when the last one is asked for."""
+ENDING_S = 15.0
+"""For what follows the last save: the report, the tracker, the way back into the queue."""
 FILE = "stopping.json"
 
 
@@ -27,8 +31,8 @@ class StoppingTime:
         self._previous: tuple[int, float] | None = None
 
     def seconds(self) -> float:
-        """How long before its end a job should be told to stop; 0 as long as nothing was saved."""
-        return SAFETY * (self.step_s + self.save_s) if self.save_s else 0.0
+        """Return how long before its end a job should be told to stop; 0 as long as nothing was saved."""
+        return SAFETY * (self.step_s + NUM_SAVES * self.save_s) + ENDING_S if self.save_s else 0.0
 
     def observe(self, record: dict[str, Any]) -> None:
         """Take note of the record of a step. The first one of a process is left out: it warms up."""

@@ -101,7 +101,7 @@ def _wait(folder: JobFolder, job: Job) -> int:
     """Tell how the job fares until it has ended; return 0 only if it did what it was for."""
     told = ""
     for pause in pauses():
-        state = slurm_commands.states([job.id]).get(job.id, "UNKNOWN")
+        state = slurm_commands.states([job.id], must_answer=True).get(job.id, "UNKNOWN")
         if state != told:
             print(f"Job {job.id}: {state}", flush=True)
             told = state

@@ -6,11 +6,15 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Iterable, Sequence
 
 from ava_exp.errors import UserError
 
 SECONDS = 30.0
+NUM_REPEATS, PAUSE_S = 4, 3.0
+UNKNOWN_JOB = "Invalid job id"
+"""What squeue says of a job that it has forgotten."""
 TIME_LEFT = re.compile(r"(?:(?:(?P<days>\d+)-)?(?P<hours>\d+):)?(?P<minutes>\d+):(?P<seconds>\d+)")
 ARRAY = re.compile(r"(?P<array>\d+)_\[(?P<indices>[\d,-]+)(?:%\d+)?\]")
 ACTIVE = frozenset(
@@ -45,21 +49,22 @@ def require() -> None:
         raise UserError(f"`launcher=slurm` needs `sbatch`, which is not on this machine: {ELSEWHERE}")
 
 
-def states(job_ids: Iterable[str]) -> dict[str, str]:
+def states(job_ids: Iterable[str], *, must_answer: bool = False) -> dict[str, str]:
     """Return the state of each job that SLURM still knows, in its words (`PENDING`, `RUNNING`, `COMPLETED`, …).
 
-    A job of an array is called `<array>_<index>`.
+    A job of an array is called `<array>_<index>`. Where SLURM does not answer no job is known; with `must_answer`, for
+    whoever would submit again what he does not find, it is asked several times, and then UserError is raised.
     """
     wanted = set(job_ids)
     if not wanted or not is_here():
         return {}
     whole = _whole(wanted)
-    found = _in_queue(whole)
+    found = _in_queue(whole, must_answer)
     for missing in sorted(whole - _whole(found)) if len(whole) > 1 else []:  # one that is unknown hides all
-        found |= _in_queue({missing})
+        found |= _in_queue({missing}, must_answer)
     if (ended := whole - _whole(found)) and shutil.which("sacct"):
         jobs = f"--jobs={','.join(sorted(ended))}"
-        found |= _read(["sacct", "--noheader", "--allocations", "--parsable2", "--format=JobID,State", jobs])
+        found |= _read(_output(["sacct", "--noheader", "--allocations", "--parsable2", "--format=JobID,State", jobs]))
     # Jobs of an array that were cancelled before they began have its name.
     states_of = {job_id: found.get(job_id, found.get(job_id.partition("_")[0])) for job_id in wanted}
     return {job_id: state for job_id, state in states_of.items() if state is not None}
@@ -70,14 +75,27 @@ def _whole(job_ids: Iterable[str]) -> set[str]:
     return {job_id.partition("_")[0] for job_id in job_ids}
 
 
-def _in_queue(job_ids: set[str]) -> dict[str, str]:
-    return _read(
-        ["squeue", "--array", "--noheader", "--states=all", "--format=%i|%T", f"--jobs={','.join(sorted(job_ids))}"]
-    )
+def _in_queue(job_ids: set[str], must_answer: bool) -> dict[str, str]:
+    jobs = f"--jobs={','.join(sorted(job_ids))}"
+    command = ["squeue", "--array", "--noheader", "--states=all", "--format=%i|%T", jobs]
+    done = _ask(command)
+    for _ in range(NUM_REPEATS if must_answer else 0):
+        if _is_answer(done):
+            break
+        time.sleep(PAUSE_S)
+        done = _ask(command)
+    if must_answer and not _is_answer(done):
+        why = done.stderr.strip().splitlines()[-1:] if done is not None else []
+        raise UserError(f"SLURM does not tell which jobs there are ({''.join(why) or 'no answer'}): try again later.")
+    return _read(done.stdout) if done is not None else {}
 
 
-def _read(command: list[str]) -> dict[str, str]:
-    pairs = [line.strip().split("|") for line in _output(command).splitlines() if "|" in line]
+def _is_answer(done: subprocess.CompletedProcess[str] | None) -> bool:
+    return done is not None and (done.returncode == 0 or UNKNOWN_JOB in done.stderr)
+
+
+def _read(text: str) -> dict[str, str]:
+    pairs = [line.strip().split("|") for line in text.splitlines() if "|" in line]
     # A state may be `CANCELLED by 1000`.
     return {job_id: state.split()[0] for ids, state in pairs if state for job_id in _each(ids)}
 
@@ -94,8 +112,14 @@ def _each(job_ids: str) -> list[str]:
 
 
 def _output(command: list[str]) -> str:
+    done = _ask(command)
+    return done.stdout if done is not None else ""
+
+
+def _ask(command: list[str]) -> subprocess.CompletedProcess[str] | None:
+    """Return what a command of SLURM answers; None where it does not."""
     try:
-        done = subprocess.run(
+        return subprocess.run(
             command,
             env={**os.environ, "SLURM_BITSTR_LEN": "0"},  # or long lists of indices end in dots
             capture_output=True,
@@ -104,8 +128,7 @@ def _output(command: list[str]) -> str:
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout
+        return None
 
 
 def time_left_s(job_id: str) -> float | None:
@@ -145,9 +168,9 @@ def _do(command: list[str], failure: str) -> None:
 class SlurmJobs:
     """What the command for runs asks about jobs, whatever the cluster."""
 
-    def states(self, job_ids: Iterable[str]) -> dict[str, str]:
+    def states(self, job_ids: Iterable[str], *, must_answer: bool = False) -> dict[str, str]:
         """Return the states of those jobs that are known, in capital letters."""
-        return states(job_ids)
+        return states(job_ids, must_answer=must_answer)
 
     def is_active(self, state: str) -> bool:
         """Whether a job in this state has not ended."""

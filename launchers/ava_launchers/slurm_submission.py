@@ -154,7 +154,7 @@ def refuse_second_jobs(output_dir: Path, run_folders: Sequence[Path]) -> None:
     """Raise UserError while another job trains one of these runs, or waits for its turn to."""
     same = {job.id: Path(job.run_folder) for _, job in all_jobs(output_dir) if job.run_folder}
     same = {job_id: folder for job_id, folder in same.items() if folder in run_folders}
-    for job_id, state in slurm_commands.states(same).items():
+    for job_id, state in slurm_commands.states(same, must_answer=True).items():
         if state in slurm_commands.ACTIVE:
             raise UserError(
                 f"job {job_id} ({state}) trains {same[job_id].name} already. Wait for it, cancel it with "

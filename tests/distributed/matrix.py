@@ -54,8 +54,22 @@ OTHERS: dict[str, tuple[str, ...]] = {
     ),
     "multi-token": ("sparsity=moe", "prediction=multi_token", "loss=label_smoothing"),
 }
-Row = tuple[Backend, int]
-"""A back end and its number of ranks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A back end, its number of ranks, and how many of them divide the experts."""
+
+    backend: Backend
+    num_ranks: int
+    expert_parallel: int = 1
+
+    def __str__(self) -> str:
+        divided = f", `expert_parallel={self.expert_parallel}`" if self.expert_parallel > 1 else ""
+        return f"`{self.backend.value}`{divided}"
+
+
+ALONE = Row(Backend.single, 1)
 HEADER = ("`distributed=`", "ranks", "accumulation", *KINDS, "others", "`mixed_bf16`")
 
 
@@ -69,7 +83,9 @@ class Difference:
     shares: float = 0.0
 
     def __str__(self) -> str:
-        return ", ".join(f"{value:.0e}".replace("e-0", "e-") for value in (self.numbers, self.weights))
+        return ", ".join(
+            f"{value:.0e}".replace("e-0", "e-") if value else "0" for value in (self.numbers, self.weights)
+        )
 
     def is_within(self, bound: Difference) -> bool:
         """Whether it is nowhere larger than `bound`."""
@@ -101,18 +117,20 @@ class Training:
     def bound(self) -> Difference:
         return {FP32: IN_FP32, BF16: IN_MIXED}.get(self.precision, IN_BF16)
 
-    def experiment(self, folder: Path, num_ranks: int, backend: Backend) -> Experiment:
-        """Return the run in which `num_ranks` train it."""
-        batch_size = NUM_SEQUENCES // self.accumulation // num_ranks
+    def experiment(self, folder: Path, row: Row) -> Experiment:
+        """Return the run in which the ranks of `row` train it."""
+        batch_size = NUM_SEQUENCES // self.accumulation // row.num_ranks
+        place = folder / f"{row.backend.value}_{row.expert_parallel}"
         return Experiment(
-            output_dir=folder / str(TRAININGS.index(self)),
+            output_dir=place / str(TRAININGS.index(self)),
             overrides=(
                 *(KINDS | OTHERS)[self.kind],
                 *self.precision.split(),
-                f"distributed={backend.value}",
+                f"distributed={row.backend.value}",
+                f"distributed.expert_parallel={row.expert_parallel}",
                 "model.dropout=0",
                 "optimizer.learning_rate=1e-3",
-                f"hardware.num_devices={num_ranks}",
+                f"hardware.num_devices={row.num_ranks}",
                 f"training.batch_size={batch_size}",
                 f"training.gradient_accumulation_steps={self.accumulation}",
                 f"budget.steps={NUM_STEPS}",
@@ -127,37 +145,40 @@ TRAININGS = [
     *(Training(kind, 2) for kind in OTHERS),
     *(Training("experts", 2, precision) for precision in (NARROW, ROUNDED_BY_CHANCE)),
 ]
+DIVISIBLE = ("experts", "experts and depth", "deepseek", "multi-token")
 ELSEWHERE = (Backend.auto, Backend.single)
 """What is one of the others, and what is compared with."""
 
 
-def trainings_of(backend: Backend) -> list[Training]:
-    """Return what a back end trains: DeepSpeed has masters of its own, unless it has copies of the model only."""
-    has_masters = bool(backend.zero_stage)
-    return [each for each in TRAININGS if not has_masters or each.precision not in (NARROW, ROUNDED_BY_CHANCE)]
+def trainings_of(row: Row) -> list[Training]:
+    """Return what a row trains: DeepSpeed has masters of its own, unless it has copies of the model only; and experts
+    are divided where there are some, evenly."""
+    found = [each for each in TRAININGS if row.expert_parallel == 1 or each.kind in DIVISIBLE]
+    has_masters = bool(row.backend.zero_stage)
+    return [each for each in found if not has_masters or each.precision not in (NARROW, ROUNDED_BY_CHANCE)]
 
 
 def rows() -> Iterator[Row]:
-    """Yield every back end with its numbers of ranks."""
+    """Yield every back end with its numbers of ranks, and those that divide experts."""
     for backend in Backend:
         if backend not in ELSEWHERE:
-            yield from ((backend, num_ranks) for num_ranks in ((1, 2, 4) if backend is Backend.ddp else (1, 2)))
+            yield from (Row(backend, num_ranks) for num_ranks in ((1, 2, 4) if backend is Backend.ddp else (1, 2)))
+    yield from (Row(Backend.ddp, num_ranks, expert_parallel=2) for num_ranks in (2, 4))
 
 
 def starts() -> list[list[Row]]:
     """Return the rows whose ranks are started together: those of one library and as many ranks."""
     together: dict[tuple[bool, int], list[Row]] = {}
-    for backend, num_ranks in rows():
-        together.setdefault((backend.zero_stage is None, num_ranks), []).append((backend, num_ranks))
+    for row in rows():
+        together.setdefault((row.backend.zero_stage is None, row.num_ranks), []).append(row)
     return [*together.values()]
 
 
 def train_all(folder: Path, start: Sequence[Row]) -> dict[tuple[Row, Training], list[Ended]]:
     """Let ranks that are started once train everything of some rows; return how each ended, by rank."""
-    trainings = [((backend, num_ranks), each) for backend, num_ranks in start for each in trainings_of(backend)]
-    runs = [each.experiment(folder / backend.value, num_ranks, backend) for (backend, num_ranks), each in trainings]
-    commands = [Command(overrides=run.command) for run in runs]
-    return dict(zip(trainings, run_in_group(start[0][1], commands, TIMEOUT_S), strict=True))
+    trainings = [(row, each) for row in start for each in trainings_of(row)]
+    commands = [Command(overrides=each.experiment(folder, row).command) for row, each in trainings]
+    return dict(zip(trainings, run_in_group(start[0].num_ranks, commands, TIMEOUT_S), strict=True))
 
 
 def train_reference(folder: Path) -> Path:
@@ -166,27 +187,25 @@ def train_reference(folder: Path) -> Path:
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "done").exists():
-            for training, ended in train_all(folder, [(Backend.single, 1)]).items():
+            for training, ended in train_all(folder, [ALONE]).items():
                 assert [each.code for each in ended] == [0], f"{training}: {ended}"
             (folder / "done").touch()
     return folder
 
 
-def compare(folder: Path, reference: Path, backend: Backend) -> dict[Training, Difference]:
-    """Return how far all that a back end trained in one folder is from what one process trained in the other."""
-    differences = {}
-    for training in trainings_of(backend):
-        ours = training.experiment(folder / backend.value, 1, backend)
-        theirs = training.experiment(reference / Backend.single.value, 1, Backend.single)
-        differences[training] = difference(ours.folder, theirs.folder)
-    return differences
+def compare(folder: Path, reference: Path, row: Row) -> dict[Training, Difference]:
+    """Return how far all that a row trained in one folder is from what one process trained in the other."""
+    return {
+        each: difference(each.experiment(folder, row).folder, each.experiment(reference, ALONE).folder)
+        for each in trainings_of(row)
+    }
 
 
 def difference(run: RunFolder, reference: RunFolder) -> Difference:
     """Return how far two runs are from each other, which have had the same sequences in every step."""
     found = Difference()
     pairs = [read_metrics(each.metrics) for each in (run, reference)]
-    assert [len(of_kind(records, "train")) for records in pairs] == [NUM_STEPS] * 2
+    assert of_kind(pairs[1], "train")
     for step, expected in zip(*pairs, strict=True):
         assert all(step.get(name) == expected.get(name) for name in ("kind", "sample_crc32", "tokens"))
         for name in expected:
@@ -213,13 +232,13 @@ def _largest(one: object, other: object) -> float:
 def table(measured: Mapping[Row, Mapping[Training, Difference]]) -> str:
     """Return the table: what was measured, by row and training."""
     lines = []
-    for (backend, num_ranks), found in measured.items():
+    for row, found in measured.items():
         for steps in ACCUMULATIONS:
             groups = [*([Training(kind, steps)] for kind in KINDS), [Training(kind, steps) for kind in OTHERS]]
             groups.append([Training(kind, steps, BF16) for kind in KINDS])
             cells = [[found[training] for training in group if training in found] for group in groups]
             largest = [str(functools.reduce(operator.or_, cell)) if cell else "" for cell in cells]
-            lines.append([f"`{backend.value}`", str(num_ranks), str(steps), *largest])
+            lines.append([str(row), str(row.num_ranks), str(steps), *largest])
     return markdown(HEADER, lines)
 
 
@@ -231,7 +250,7 @@ def main() -> None:
         for number, start in enumerate(starts()):
             folder = Path(place) / str(number)
             train_all(folder, start)
-            measured |= {row: compare(folder, reference, row[0]) for row in start}
+            measured |= {row: compare(folder, reference, row) for row in start}
     page = filled(PAGE.read_text(encoding="utf-8"), {"matrix": table({row: measured[row] for row in rows()})})
     PAGE.write_text(page, encoding="utf-8")
 

@@ -46,7 +46,8 @@ class Cluster(Workplace):
         assert self.state(job_id) == state, self.story()
 
     def wait_for_end(self, job_id: str) -> None:
-        self.wait_until(lambda: self.state(job_id) not in ACTIVE, f"the end of job {job_id}")
+        """Wait until a job has ended, without taking the processor from it by asking all the time."""
+        self.wait_until(lambda: self.state(job_id) not in ACTIVE, f"the end of job {job_id}", every_s=0.5)
 
     def cancel_all(self) -> None:
         """End what this test has started and has not ended."""

@@ -122,7 +122,7 @@ def test_a_job_out_of_time_stops_as_early_as_its_slow_saves_need_and_goes_on_bit
     slow = cluster.folder / "slow"
     slow.mkdir()
     (slow / "sitecustomize.py").write_text(SLOW)
-    overrides = (*LONG, "checkpoint.save_every_n_batches=40")
+    overrides = (*LONG, "budget.steps=150", "checkpoint.save_every_n_batches=40")
     job_id = cluster.submit(
         *overrides,
         "launcher.time_limit_minutes=1",

@@ -370,6 +370,23 @@ def test_the_jobs_of_an_array_are_told_apart(script: Script, tmp_path: Path) -> 
     assert "--jobs=7\n" in (tmp_path / "asked").read_text()
 
 
+def test_a_queue_that_does_not_answer_is_no_empty_one(
+    command_line: CommandLine, cluster: None, script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or what is at work would be submitted a second time."""
+    command_line(*SUBMIT)
+    monkeypatch.setattr(slurm_commands, "PAUSE_S", 0.0)
+    script("squeue", f"echo asked >>{tmp_path}/asked; echo 'squeue: error: Unable to contact controller' >&2; exit 1")
+    outcome = command_line(*SUBMIT)
+    assert outcome.code == 2
+    assert outcome.err == (
+        "ava_exp: SLURM does not tell which jobs there are (squeue: error: Unable to contact controller): "
+        "try again later.\n"
+    )
+    assert (tmp_path / "asked").read_text().count("asked") == slurm_commands.NUM_REPEATS + 1
+    assert slurm_commands.states(["42"]) == {}, "where nothing depends on it, that is all"
+
+
 def test_a_job_that_the_queue_forgot_is_looked_up_in_the_accounts(script: Script) -> None:
     script("sbatch", "")
     script("squeue", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")

@@ -5,9 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ava_exp.config.compose import compose
+from ava_exp.config.distributed import DistributedConfig, GradientCompression
+from ava_exp.config.machine import DeviceType, HardwareConfig
+from ava_exp.config.validate import report, validate
+from ava_exp.errors import ConfigError
 from ava_exp.parallel.compression import Distance, LowRankSums
 from ava_exp.parallel.ranks import Ranks
+from ava_exp.parallel.start import join_ranks
 
+DIVIDED = ("hardware.num_devices=2", "distributed.expert_parallel=2")
 SHAPES = {"matrix": (24, 32), "stack": (3, 24, 32), "small": (4, 4), "vector": (100,)}
 
 
@@ -87,3 +94,13 @@ def test_it_goes_on_from_what_it_kept() -> None:
     assert all(torch.equal(first[name], second[name]) for name in SHAPES)
     other.load_state({"error/matrix": torch.zeros(3, 3)})  # of another model: it starts anew
     assert other.errors["matrix"].shape == SHAPES["matrix"]
+
+
+def test_what_compresses_nothing_is_refused() -> None:
+    told = report(validate(compose(["~local", "distributed=fsdp2", "distributed.gradient_compression=bf16"])))
+    assert "`distributed.gradient_compression` must be `none` with `distributed=fsdp2`, but is 'bf16' instead." in told
+    told = report(validate(compose(["~local", *DIVIDED, "distributed.gradient_compression=bf16"])))
+    assert "must be `none` with `distributed.expert_parallel`, but is 'bf16' instead." in told
+    alone = DistributedConfig(gradient_compression=GradientCompression.powersgd)
+    with pytest.raises(ConfigError, match=r"must be `none` alone, but is .powersgd. instead\. Ask for more ranks"):
+        join_ranks(alone, HardwareConfig(name="cpu", device=DeviceType.cpu))

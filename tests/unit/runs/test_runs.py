@@ -31,7 +31,7 @@ class PlayedCluster:
         self.known: dict[str, str] = {}
         self.cancelled: list[str] = []
 
-    def states(self, job_ids: Sequence[str]) -> dict[str, str]:
+    def states(self, job_ids: Sequence[str], *, must_answer: bool = False) -> dict[str, str]:
         return {job_id: self.known[job_id] for job_id in job_ids if job_id in self.known}
 
     def is_active(self, state: str) -> bool:

@@ -12,7 +12,7 @@ from ava_exp.tracking.folder import RunFolder
 from ava_exp.training import saver as saver_module
 from ava_exp.training.checkpoint import Snapshot, write_checkpoint
 from ava_exp.training.saver import CheckpointSaver
-from ava_exp.training.stopping import SAFETY, StoppingTime
+from ava_exp.training.stopping import ENDING_S, NUM_SAVES, SAFETY, StoppingTime
 
 
 def records(*elapsed_s: float, every: int = 1) -> list[dict[str, object]]:
@@ -27,7 +27,7 @@ def test_it_is_the_longest_step_and_the_longest_save() -> None:
     assert stopping.seconds() == 0.0, "nobody knows yet what a save takes"
     stopping.saved(5.0)
     stopping.saved(2.0)
-    assert stopping.seconds() == SAFETY * (3.0 + 5.0)
+    assert stopping.seconds() == SAFETY * (3.0 + NUM_SAVES * 5.0) + ENDING_S
 
 
 def test_a_record_may_stand_for_several_steps() -> None:
@@ -43,7 +43,7 @@ def test_the_next_process_knows_what_earlier_ones_measured(tmp_path: Path, caplo
     stopping.step_s = 3.0
     stopping.saved(5.0)
     stopping.keep(folder)
-    assert StoppingTime(folder).seconds() == 12.0
+    assert StoppingTime(folder).seconds() == 19.5 + ENDING_S
     stopping.keep(RunFolder(tmp_path / "nowhere"))
     assert "cannot be written" in caplog.text, "and the run ends all the same"
 
