@@ -115,7 +115,7 @@ class Runtime:
 
     def start_engine(self, objective: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
         """Return what DeepSpeed makes of `objective` and the optimizer of its weights."""
-        return start_engine(self.accelerator, self.ranks, objective, optimizer)
+        return start_engine(self.ranks, objective, optimizer)
 
     def spread(
         self, objective: nn.Module, updater: Updater, model: Decoder, distributed: DistributedConfig | None = None

@@ -74,18 +74,18 @@ def settings(distributed: DistributedConfig) -> dict[str, Any]:
     }
 
 
-def start_engine(accelerator: Accelerator, ranks: Ranks, module: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
+def start_engine(ranks: Ranks, module: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
     """Return DeepSpeed's engine, whose weights have the format in which it computes.
 
     Raises RuntimeError unless it is of the stage that was asked for and knows all ranks.
     """
     stage, dtype = ranks.backend.zero_stage, next(module.parameters()).dtype
-    fresh = Accelerator()  # one remembers one engine
-    config = fresh.state.deepspeed_plugin.deepspeed_config
+    accelerator = Accelerator()  # each remembers one engine
+    config = accelerator.state.deepspeed_plugin.deepspeed_config
     # Without a division of states all of this is ours: DeepSpeed adds up what it is given.
     config["bf16"] = {"enabled": stage != 0 and dtype is torch.bfloat16, "check_grad_overflow": True}
     config["fp16"] = {"enabled": stage != 0 and dtype is torch.float16, "loss_scale": 1.0}
-    engine, _ = fresh.prepare(module, optimizer)
+    engine, _ = accelerator.prepare(module, optimizer)
     from deepspeed import DeepSpeedEngine
 
     got = (type(engine), engine.zero_optimization_stage(), engine.dp_world_size)
@@ -190,18 +190,28 @@ class ZeroUpdater(Updater):
         return tensors, numbers
 
     def load_optimizer_state(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+        together = {**tensors, **numbers}
+        names = {path.rpartition("/")[0] for path in together}
+        if names and names != self.parts.keys():
+            raise ValueError(f"weights that DeepSpeed updates together must all have states, but {len(names)} do")
         self.optimizer.state.clear()
-        for path, value in {**tensors, **numbers}.items():
+        for path, value in together.items():
             name, _, key = path.rpartition("/")
             part = self.parts[name]
             state = self.optimizer.state[part.flat]
             if isinstance(value, Tensor) and value.ndim:
                 part.of(state.setdefault(key, torch.zeros_like(part.flat))).copy_(self.cut(name, value))
             elif isinstance(value, Tensor):
-                if not torch.equal(state.setdefault(key, value.clone()).cpu(), value.cpu()):
+                known = state.setdefault(key, value.to(self._counter_device(part.flat), copy=True))
+                if not torch.equal(known.cpu(), value.cpu()):
                     raise ValueError(f"weights that DeepSpeed updates together differ in `{key}`, as {name}")
             else:
                 state[key] = value
+
+    def _counter_device(self, flat: Tensor) -> torch.device:
+        """Return where torch's optimizers look for their count of steps."""
+        beside = any(self.optimizer.defaults.get(key) for key in ("fused", "capturable"))
+        return flat.device if beside else torch.device("cpu")
 
 
 def _part_of_flat(parameter: nn.Parameter, zero: Any, group: dict[str, Any], rank: int) -> Part:
@@ -326,7 +336,7 @@ def probe(accelerator: Accelerator, ranks: Ranks) -> None:
     nn.init.zeros_(module.weight)
 
     def start(optimizer: torch.optim.Optimizer) -> Any:
-        return start_engine(accelerator, ranks, module, optimizer)
+        return start_engine(ranks, module, optimizer)
 
     options: dict[str, Any] = {"weight_decay": 0.0, "master_weights": False}
     if ranks.backend.zero_stage == 0:

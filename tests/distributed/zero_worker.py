@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 from ava_exp.config.distributed import Backend, DistributedConfig
 from ava_exp.errors import ConfigError
-from ava_exp.optim.update import Updater
+from ava_exp.optim.update import LossScale, Updater
 from ava_exp.parallel import start, zero
 from ava_exp.parallel.ranks import Ranks
 from tests.distributed.worker import CPU
@@ -38,13 +39,12 @@ def descent(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=1.0)
 
 
-def updater_of(model: nn.Module, ranks: Ranks, build: Any = descent) -> zero.ZeroUpdater:
-    accelerator = start.make_accelerator(CPU.device, backend=ranks.backend)
-
+def updater_of(model: nn.Module, ranks: Ranks, build: Any = descent, **options: Any) -> zero.ZeroUpdater:
     def engine_of(optimizer: torch.optim.Optimizer) -> Any:
-        return zero.start_engine(accelerator, ranks, model, optimizer)
+        return zero.start_engine(ranks, model, optimizer)
 
-    return zero.ZeroUpdater(model, build, engine_of=engine_of, ranks=ranks, device=torch.device("cpu"), **OPTIONS)
+    options = {**OPTIONS, **options}
+    return zero.ZeroUpdater(model, build, engine_of=engine_of, ranks=ranks, device=torch.device("cpu"), **options)
 
 
 def shapes(ranks: Ranks) -> None:
@@ -73,12 +73,46 @@ def idle(ranks: Ranks) -> None:
         raise AssertionError("nobody noticed")
 
 
+def ages(ranks: Ranks) -> None:
+    """States of weights that had different numbers of updates cannot be put back where they are updated together."""
+    updater = updater_of(Pair(), ranks, torch.optim.AdamW)
+    one, other = ({f"{name}.weight/step": torch.tensor(step)} for name, step in (("one", 3.0), ("other", 2.0)))
+    for tensors, expected in ((one, "must all have states, but 1 do"), (one | other, "differ in `step`")):
+        try:
+            updater.load_optimizer_state(tensors, {})
+        except ValueError as error:
+            assert expected in str(error)  # noqa: PT017 - in a child
+        else:
+            raise AssertionError("nobody noticed")
+
+
+def scaled(ranks: Ranks) -> None:
+    """A loss scale is no part of the norm, nor of what is clipped to it; a step that overflows lowers it."""
+    model = Pair()
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    alone = copy.deepcopy(model)
+    (ranks.num_ranks * alone(True)).backward()
+    expected = torch.nn.utils.get_total_norm([weight.grad for weight in alone.parameters() if weight.grad is not None])
+    updater = updater_of(model, ranks, loss_scale=LossScale(scale=1024.0, dynamic=True))
+    strategy = zero.Zero(updater)
+    assert strategy.backward is not None
+    for factor in (torch.inf, 1.0):
+        with strategy.accumulate(is_last=True):
+            strategy.backward(strategy.objective(uses_other=True) * updater.loss_scale.scale * factor)
+        norm, applied = updater.apply(1.0, expected.item() / 2)
+        assert applied == (factor == 1.0) and updater.loss_scale.scale == 512.0
+    assert abs(norm - expected.item()) <= 1e-5 * norm
+    for name, weight in updater.whole_weights(everywhere=True).items():
+        gradient = alone.get_parameter(name).grad
+        assert gradient is not None
+        torch.testing.assert_close(weight, before[name] - gradient / 2, rtol=1e-4, atol=1e-6)
+
+
 def copies(ranks: Ranks) -> None:
     """With stage 0 a weight that no rank used is left as it is; one that another rank used has that one's gradient."""
     model = Pair()
     updater = Updater(model, descent, **OPTIONS)
-    accelerator = start.make_accelerator(CPU.device, backend=ranks.backend)
-    strategy = zero.ZeroCopies(zero.start_engine(accelerator, ranks, model, updater.optimizer), updater, ranks)
+    strategy = zero.ZeroCopies(zero.start_engine(ranks, model, updater.optimizer), updater, ranks)
     for uses_other in (ranks.rank == 1, False):
         updater.weights["other.weight"].grad = None
         with strategy.accumulate(is_last=True):
@@ -92,6 +126,11 @@ if __name__ == "__main__":
     two = joined(Backend.zero2)
     shapes(two)
     idle(two)
+    ages(two)
+    for backend in (Backend.zero2, Backend.zero3):
+        AcceleratorState._reset_state(True)
+        torch.manual_seed(0)
+        scaled(joined(backend))
     AcceleratorState._reset_state(True)
     none = joined(Backend.zero0)
     copies(none)
