@@ -27,7 +27,7 @@ train: setup  ## train the quick model on embedded text
 	$(BIN)/python -m ava_exp $(ARGS)
 
 test: setup  ## run the tests
-	$(BIN)/python -m pytest -n auto $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 lint: setup  ## check style
 	$(BIN)/ruff check .
