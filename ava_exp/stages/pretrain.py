@@ -413,7 +413,8 @@ class Pretraining:
 
     def _title(self, total_steps: int, parameters: Parameters) -> list[str]:
         size = f"{parameters.total / 1e6:.1f} M parameters, {parameters.active / 1e6:.1f} M active"
-        shape = f"{self.ranks.num_ranks} ranks, " if self.ranks.num_ranks > 1 else ""
+        ranks = self.ranks
+        shape = f"{ranks.num_ranks} ranks of {ranks.backend.value}, " if ranks.num_ranks > 1 else ""
         precision = self.resolution["runtime"]["precision"]
         return [f"{self.folder.root.name}: {size}, {shape}{precision}, {total_steps} steps"]
 

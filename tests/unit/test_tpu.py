@@ -15,6 +15,7 @@ from ava_exp.config.machine import DeviceType, HardwareConfig, Precision, Precis
 from ava_exp.config.options import read_option
 from ava_exp.config.validate import Severity, validate
 from ava_exp.errors import ConfigError
+from ava_exp.parallel import start
 
 
 def with_xla(monkeypatch: pytest.MonkeyPatch, *, installed: bool, has_tpu: bool) -> None:
@@ -27,8 +28,8 @@ def with_xla(monkeypatch: pytest.MonkeyPatch, *, installed: bool, has_tpu: bool)
         assert kwargs.get("cpu") is not has_tpu
         return SimpleNamespace(device=torch.device("xla" if has_tpu else "cpu"))
 
-    monkeypatch.setattr(runtime, "is_torch_xla_available", is_available)
-    monkeypatch.setattr(runtime, "Accelerator", accelerator)
+    monkeypatch.setattr(start, "is_torch_xla_available", is_available)
+    monkeypatch.setattr(start, "Accelerator", accelerator)
 
 
 def opened(tmp_path: Path, option: str, precision: Precision = Precision.auto) -> runtime.Runtime:
