@@ -37,6 +37,9 @@ def join_ranks(distributed: DistributedConfig, hardware: HardwareConfig) -> Rank
     """
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     backend = distributed.backend
+    if num_ranks % distributed.expert_parallel:
+        divisor = f"a divisor of the number of ranks ({num_ranks})"
+        raise ConfigError(must_be("distributed.expert_parallel", divisor, distributed.expert_parallel))
     if num_ranks > 1 and backend is Backend.single:
         sentence = f"`distributed=single` is one process, but {num_ranks} were started"
         raise ConfigError(f"{sentence}. Choose `distributed=ddp`.")
@@ -61,9 +64,6 @@ def join_ranks(distributed: DistributedConfig, hardware: HardwareConfig) -> Rank
     ranks = Ranks(rank=accelerator.process_index, num_ranks=num_ranks, backend=backend, control=control)
     probe = zero.probe if backend.zero_stage is not None else _probe_synchronisation
     probe(accelerator, ranks)
-    if num_ranks % distributed.expert_parallel:
-        divisor = f"a divisor of the number of ranks ({num_ranks})"
-        raise ConfigError(must_be("distributed.expert_parallel", divisor, distributed.expert_parallel))
     if distributed.expert_parallel > 1:
         return ranks.sharing_experts(distributed.expert_parallel, timedelta(seconds=distributed.timeout_s))
     return ranks

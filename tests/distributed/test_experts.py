@@ -11,6 +11,7 @@ import pytest
 
 from ava_exp.config.compose import compose
 from ava_exp.config.machine import Precision
+from ava_exp.errors import EXIT_USER_ERROR
 from ava_exp.models.backends import BackEnd
 from ava_exp.models.communication import Collective
 from ava_exp.tracking.metrics import of_kind, read_metrics
@@ -74,3 +75,9 @@ def predicted_bytes(experiment: Experiment) -> float:
     config = compose([*experiment.command, DIVIDED])
     plan = predict(config, BackEnd.ddp, assumptions, precision=Precision.fp32, expert_parallel=2)
     return 2 * plan.sent[Collective.all_to_all]
+
+
+def test_one_process_does_not_quietly_have_all_experts(tmp_path: Path) -> None:
+    ended = experiment(tmp_path, 2).run(also=(DIVIDED,))
+    assert ended.code == EXIT_USER_ERROR
+    assert "`distributed.expert_parallel` must be a divisor of the number of ranks (1), but is 2 instead." in ended.err
